@@ -1,0 +1,82 @@
+"""The base folder: packed linears, and the configuration and index that let transformers and vLLM read them.
+
+A quantized linear is stored as compressed-tensors ``pack-quantized`` does it: ``weight_packed`` (int32),
+``weight_scale`` (bfloat16), ``weight_shape`` (int64). Every decoder block is one shard; one more, the last, holds the
+tensors outside the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from srr_dist.export.packing import pack, unpack
+from srr_dist.solve.grids import PER_CHANNEL, dequantize
+
+INDEX_NAME = "model.safetensors.index.json"
+PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
+
+
+def linear_tensors(name: str, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """The stored tensors of the linear ``name``, from codes int8 [m, n] and scale bfloat16 [m, groups]."""
+    return {
+        name + PACKED: pack(codes, bits),
+        name + SCALE: scale.to(torch.bfloat16).contiguous(),
+        name + SHAPE: torch.tensor(codes.shape, dtype=torch.int64),
+    }
+
+
+def dequantized(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """The dense weight [m, n] that transformers holds after loading codes int8 [m, n] and scale bfloat16 [m, groups].
+
+    compressed-tensors multiplies in the scale's own type and transformers casts the product, so the value is
+    ``bfloat16(code · scale)`` whatever ``dtype`` the model is loaded in. It equals ``code · scale`` exactly where
+    scales are powers of two.
+    """
+    return dequantize(codes, scale, torch.bfloat16).to(dtype)
+
+
+def dense_tensors(tensors: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    """A shard's tensors under their original names: packed linears as :func:`dequantized` holds them, others as stored."""
+    dense = {}
+    for name, tensor in tensors.items():
+        if name.endswith(PACKED):
+            module = name.removesuffix(PACKED)
+            n = int(tensors[module + SHAPE][1])
+            dense[module + ".weight"] = dequantized(unpack(tensor, bits, n), tensors[module + SCALE])
+        elif not name.endswith((SCALE, SHAPE)):
+            dense[name] = tensor
+    return dense
+
+
+def quantization_config(bits: int, group_size: int, ignore: Iterable[str]) -> dict[str, Any]:
+    """``quantization_config`` of config.json; ``group_size`` −1 means one scale per output channel.
+
+    ``dequantize`` makes transformers expand the weights while loading, without which PEFT finds no ``weight`` to
+    attach an adapter to. ``ignore`` lists the modules whose matrices are stored dense.
+    """
+    strategy = {"strategy": "channel"} if group_size == PER_CHANNEL else {"strategy": "group", "group_size": group_size}
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, **strategy, "dynamic": False}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": sorted(ignore),
+        "dequantize": True,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+
+
+def shard_name(i: int, count: int) -> str:
+    """File name of shard ``i``, counted from 1, of ``count``."""
+    return f"model-{i:05d}-of-{count:05d}.safetensors"
+
+
+def shard_index(shards: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Content of ``model.safetensors.index.json`` from each shard's tensor names and their sizes in bytes."""
+    return {
+        "metadata": {"total_size": sum(sum(sizes.values()) for sizes in shards.values())},
+        "weight_map": {name: shard for shard, sizes in shards.items() for name in sizes},
+    }
