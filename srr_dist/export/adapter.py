@@ -63,5 +63,5 @@ def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def legal_vllm_rank(rank: int) -> int | None:
-    """Smallest ``--max-lora-rank`` of vLLM that holds ``rank``; None above 512, where vLLM serves only merged weights."""
+    """Smallest ``--max-lora-rank`` of vLLM that holds ``rank``; None above 512, where it serves only merged weights."""
     return next((legal for legal in VLLM_MAX_RANKS if legal >= rank), None)

@@ -39,7 +39,7 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
 
 
 def dense_tensors(tensors: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    """A shard's tensors under their original names: packed linears as :func:`dequantized` holds them, others as stored."""
+    """A shard's tensors under their original names: packed linears as :func:`dequantized` has them, others as stored."""
     dense = {}
     for name, tensor in tensors.items():
         if name.endswith(PACKED):

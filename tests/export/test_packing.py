@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from srr_dist.export.packing import pack, packed_width, unpack
 
-# A row of eleven codes per width; the words are worked out by hand from `code + 2^(bits-1)`, least significant bit first.
+# A row of eleven codes per width; the words follow by hand from `code + 2^(bits-1)`, least significant bit first.
 GOLDEN = {
     2: ([-2, -1, 0, 1, -2, -1, 0, 1, 1, 1, -2], "e4e40f00"),
     3: ([-4, -3, -2, -1, 0, 1, 2, 3, 3, 2, -4], "88c6fa3700000000"),
