@@ -1,0 +1,11 @@
+"""Bytes: objects in a folder or bucket, the records of finished work, the manifest of a finished output.
+
+Knows neither tensors nor workers. Correctness rests on two promises of the objects: they appear whole, and
+``ObjectStore.create`` has one winner.
+"""
+
+from srr_dist.store.manifest import Manifest, read_complete, write_commit
+from srr_dist.store.objects import FileEntry, ObjectStore
+from srr_dist.store.records import BlockRecord, RunArea
+
+__all__ = ["BlockRecord", "FileEntry", "Manifest", "ObjectStore", "RunArea", "read_complete", "write_commit"]
