@@ -1,0 +1,116 @@
+"""The input moment H of a linear layer, summed over calibration tokens where the block lives.
+
+Sequences are added one by one in a fixed order: a product in float32 per sequence (bfloat16 inputs are multiplied
+exactly), sums over sequences in float64. What a moment holds does therefore not depend on how sequences were grouped
+into messages, nor on the number of workers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LQER_FLOOR = 1e-4
+_PANELS = 4
+
+
+def moment_bytes(features: int, scaling: str) -> int:
+    """Memory of one accumulator, in bytes."""
+    return 8 * features * (features if scaling == "exact" else 1)
+
+
+class InputMoment:
+    """Accumulates one shared input's moment.
+
+    ========== ======================================================================= ======
+    scaling    what stands for H                                                       source
+    ========== ======================================================================= ======
+    exact      ``E[x xᵀ]``                                                             QERA-exact, arXiv 2410.06040
+    diag       ``diag(E[x_i²])``                                                       QERA-approx
+    lqer       ``diag(s_i²)``, ``s_i = max over sequences of mean_t abs(x_ti)``,       LQER, arXiv 2402.02446
+               at least 1e-4, divided by ``sqrt(min s · max s)``
+    identity   the identity                                                            ZeroQuant-V2
+    ========== ======================================================================= ======
+
+    Args:
+        features: n, the width of the input.
+        scaling: one of the names above.
+        device: where the inputs are; products are computed there.
+        total: float64 zeros of the accumulator's shape to add into (on another device or mapped from disk when memory
+            is short); allocated on ``device`` by default.
+    """
+
+    def __init__(
+        self, features: int, scaling: str, device: torch.device | str = "cpu", total: Tensor | None = None
+    ) -> None:
+        self.features, self.scaling = features, scaling
+        shape = accumulator_shape(features, scaling)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total
+        if tuple(self.total.shape) != shape or self.total.dtype != torch.float64:
+            raise ValueError(f"total: expected float64 {shape}, found {self.total.dtype} {tuple(self.total.shape)}")
+        self.tokens = 0
+        self.excluded = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add one sequence ``x: [T, n]``; rows with NaN or Inf are left out and counted."""
+        x = self._finite_rows(x)
+        self.tokens += x.shape[0]
+        if x.shape[0] == 0:
+            return
+        match self.scaling:
+            case "exact":
+                self._add_products(x)
+            case "diag":
+                self.total += x.float().square().sum(0, dtype=torch.float64).to(self.total.device)
+            case "lqer":
+                mean = x.float().abs().mean(0, dtype=torch.float64)
+                torch.maximum(self.total, mean.to(self.total.device), out=self.total)
+
+    def value(self) -> Tensor:
+        """H as float64: ``[n, n]`` for ``exact``, else its diagonal ``[n]``. Zeros when no token was seen."""
+        match self.scaling:
+            case "exact":
+                self._mirror()
+                return self.total / max(self.tokens, 1)
+            case "diag":
+                return self.total / max(self.tokens, 1)
+            case "lqer":
+                s = self.total.clamp_min(_LQER_FLOOR)
+                return (s / (s.min() * s.max()).sqrt()).square()
+            case "identity":
+                return torch.ones(self.features, dtype=torch.float64, device=self.total.device)
+        raise ValueError(f"scaling: {self.scaling!r} is not known")
+
+    def _finite_rows(self, x: Tensor) -> Tensor:
+        finite = torch.isfinite(x.sum(-1, dtype=torch.float32))  # a NaN or Inf anywhere in a row reaches its sum
+        if bool(finite.all()):
+            return x
+        self.excluded += int((~finite).sum())
+        return x[finite]
+
+    def _panels(self) -> list[tuple[int, int]]:
+        width = -(-self.features // _PANELS)
+        return [(start, min(start + width, self.features)) for start in range(0, self.features, width)]
+
+    def _mirror(self) -> None:
+        """Fill the panels above the diagonal from those below, which alone are added to."""
+        for start, stop in self._panels():
+            self.total[:start, start:stop] = self.total[start:stop, :start].mT
+
+    def _add_products(self, x: Tensor) -> None:
+        """Add the lower triangle of ``xᵀ x``, panel by panel: symmetry saves three eighths of the arithmetic."""
+        for start, stop in self._panels():
+            product = _gram(x[:, start:stop], x[:, :stop])
+            self.total[start:stop, :stop] += product.to(self.total.device)
+
+
+def accumulator_shape(features: int, scaling: str) -> tuple[int, ...]:
+    """Shape of an accumulator's float64 tensor."""
+    return (features, features) if scaling == "exact" else (features,)
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """``aᵀ b`` with float32 results; bfloat16 factors are multiplied exactly and added in float32."""
+    if a.dtype == torch.bfloat16 and a.is_cuda:
+        return torch.mm(a.mT, b, out_dtype=torch.float32)
+    return a.float().mT @ b.float()

@@ -1,0 +1,240 @@
+"""What a run is: options, their validation, recipes and presets, and the fingerprint.
+
+``QuantizeConfig`` holds everything that changes the output's bytes; it is fingerprinted and stored with the run.
+``JobConfig`` holds where and how the run is executed; changing it never changes the result. Every field is a command
+line flag and a recipe key of the same name; flags win over the recipe, the recipe over a preset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from srr_dist.errors import ConfigError
+
+FORMAT_VERSION = 1
+"""Raised whenever the stored bytes of a unit change for the same options."""
+
+METHODS = ("srr", "qer", "none")
+GRIDS = ("mxint", "int")
+FORMS = ("joint", "split")
+SCALINGS = ("exact", "diag", "lqer", "identity")
+EXPORTS = ("compressed", "dense")
+DTYPES = ("auto", "float32", "bfloat16")
+SPLIT_RULES = ("search", "criterion", "energy")
+MODEL_ROOT_VARIABLE = "SRR_MODEL_ROOT"
+
+
+def option(default: Any, help_text: str, **metadata: Any) -> Any:
+    """A dataclass field that is also a command line flag and a recipe key."""
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Options that change the bytes of the result."""
+
+    model: str = option("", "checkpoint: a folder, a .gguf file, any fsspec URL of these, a hub id or a preset")
+    revision: str | None = option(None, "revision of a hub checkpoint")
+    method: str = option("srr", "srr: preserve, quantize, reconstruct; qer: k = 0; none: no adapter", choices=METHODS)
+    grid: str = option("mxint", "base quantizer: power-of-two or bfloat16 scales", choices=GRIDS)
+    bits: int = option(3, "bits of a code, 2 to 8")
+    group_size: int = option(32, "inputs that share a scale; -1 for one scale per output row")
+    rank: int = option(32, "rank r of the adapters")
+    split: str = option("search", "how k is chosen: search, criterion, energy or fixed:K")
+    form: str = option("joint", "joint: best rank r of W - Q; split: P_k plus the best rank r - k", choices=FORMS)
+    scaling: str = option("exact", "what weights the error: the input moment or a cheaper stand-in", choices=SCALINGS)
+    calibration: str = option("", "text, jsonl, parquet, a folder of them, any fsspec URL, or a datasets id")
+    num_samples: int = option(64, "calibration sequences")
+    seq_len: int = option(1024, "tokens of a sequence")
+    seed: int = option(0, "seed of the choice of sequences and of the layers' random numbers")
+    include: str = option("", "only layers whose name matches this regular expression")
+    exclude: str = option("", "leave layers whose name matches this regular expression unquantized")
+    dtype: str = option(
+        "auto", "type of the forward passes; auto: float32 on CPU, the checkpoint's on GPU", choices=DTYPES
+    )
+    max_bad_rows: float = option(0.01, "share of NaN/Inf input rows above which a layer's calibration fails")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_choices(self)
+        _require(2 <= self.bits <= 8, "bits", "2 to 8", self.bits)
+        _require(
+            self.group_size == -1 or self.group_size >= 1, "group_size", "a positive number or -1", self.group_size
+        )
+        _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
+        _require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
+        _require(self.seq_len >= 2, "seq_len", "at least 2", self.seq_len)
+        _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        _require(0.0 <= self.max_bad_rows <= 1.0, "max_bad_rows", "a share from 0 to 1", self.max_bad_rows)
+        _check_split(self.split, self.rank)
+        for name in ("include", "exclude"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is no regular expression: {error}") from None
+
+    def selects(self, layer: str) -> bool:
+        """Whether ``--include`` and ``--exclude`` let a layer be quantized."""
+        included = not self.include or re.search(self.include, layer) is not None
+        return included and not (self.exclude and re.search(self.exclude, layer) is not None)
+
+    def fingerprint(self, *, source: str, tokens: str, dtype: str) -> str:
+        """sha256 over everything that changes bytes.
+
+        Locations do not count, contents do: ``source`` is the checkpoint's identity, ``tokens`` the hash of the
+        calibration tokens, ``dtype`` the resolved type of the forward passes.
+        """
+        return hashlib.sha256(canonical_json(self.identity(source=source, tokens=tokens, dtype=dtype))).hexdigest()
+
+    def identity(self, *, source: str, tokens: str, dtype: str) -> dict[str, Any]:
+        """The fingerprinted content, one flat dict: options without locations, identities of what they point to."""
+        options = dataclasses.asdict(self)
+        for location in ("model", "revision", "calibration"):
+            del options[location]
+        return options | {"dtype": dtype, "source": source, "tokens": tokens, "format_version": FORMAT_VERSION}
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Options that say where and how a run is executed; they never change its result."""
+
+    output: str = option("", "folder or URL of the result; running the same command again resumes it")
+    export: str = option("compressed", "compressed: base + adapter; dense: Q + L R merged", choices=EXPORTS)
+    workers: int = option(0, "stage actors; 0: one per GPU of the cluster, or one on CPUs")
+    ray_address: str | None = option(None, "Ray cluster to join (default: RAY_ADDRESS, else an embedded local one)")
+    gpu_memory: str = option("", "memory a worker may use on its GPU, as 70GiB; default: 90 % of what is free")
+    host_memory: str = option("", "memory a worker may use on its host, as 8GiB; default: 80 % of what is free")
+    blocks_per_stage: int = option(4, "decoder blocks a stage holds at most; fewer where memory is short")
+    model_root: str = option("", f"where hub ids are looked up instead of the hub (or {MODEL_ROOT_VARIABLE})")
+    dry_run: bool = option(False, "print the plan and stop")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_choices(self)
+        _require(self.workers >= 0, "workers", "0 or more", self.workers)
+        _require(self.blocks_per_stage >= 1, "blocks_per_stage", "at least 1", self.blocks_per_stage)
+        for name in ("gpu_memory", "host_memory"):
+            parse_bytes(getattr(self, name), name)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete command: what is computed and how it is run."""
+
+    quantize: QuantizeConfig
+    job: JobConfig
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Self:
+        """Build from flat option values; unknown names and wrong values raise ConfigError with the field's name."""
+        known = {f.name for part in (QuantizeConfig, JobConfig) for f in fields(part)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"{name}: no such option; known are {', '.join(sorted(known))}")
+        parts = [
+            {f.name: options[f.name] for f in fields(part) if f.name in options} for part in (QuantizeConfig, JobConfig)
+        ]
+        config = cls(QuantizeConfig(**parts[0]), JobConfig(**parts[1]))
+        for name, value in (("model", config.quantize.model), ("output", config.job.output)):
+            _require(bool(value), name, f"a location (--{name})", value)
+        needs_text = config.quantize.scaling != "identity" and config.quantize.method != "none"
+        _require(
+            bool(config.quantize.calibration) or not needs_text,
+            "calibration",
+            "text to calibrate on (--calibration)",
+            "",
+        )
+        return config
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML recipe, unvalidated but for its shape: a mapping of option names to values."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe: {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe: {path} is no YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"recipe: {path} must be a mapping of option names to values, found {type(content).__name__}")
+    return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def presets_folder() -> Path:
+    """Where the presets lie: ``jobs/presets`` of a source tree, or the package's copy of it."""
+    inside = Path(__file__).parent / "presets"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "jobs" / "presets"
+
+
+def resolve_options(flags: dict[str, Any], recipe: str | None) -> dict[str, Any]:
+    """Merge preset, recipe and flags, the later winning, and point hub ids to the model root where one is set."""
+    given = (load_recipe(recipe) if recipe else {}) | flags
+    preset = presets_folder() / f"{given.get('model', '')}.yaml"
+    name = str(given.get("model", ""))
+    if re.fullmatch(r"[\w.-]+", name) and preset.is_file() and not Path(name).exists():
+        given = load_recipe(preset) | {key: value for key, value in given.items() if key != "model"}
+    root = given.get("model_root") or os.environ.get(MODEL_ROOT_VARIABLE, "")
+    model = str(given.get("model", ""))
+    if root and re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
+        given["model"] = f"{str(root).rstrip('/')}/{model}"
+    return given
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte string for one value: sorted keys, no spaces, no NaN; raises on anything without a stable form."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(text: str, name: str) -> int | None:
+    """Bytes of ``8GiB``, ``80G`` or ``123456``; None for an empty text."""
+    if not text:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"{name}: expected a size as 8GiB or 80G, found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _require(condition: bool, name: str, expected: str, found: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, found {found!r}")
+
+
+def _check_types(config: QuantizeConfig | JobConfig) -> None:
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,), "str | None": (str, type(None)), "int": (int,), "float": (float, int), "bool": (bool,),
+    }  # fmt: skip
+    for f in fields(config):
+        value = getattr(config, f.name)
+        right = isinstance(value, kinds[str(f.type)]) and not (isinstance(value, bool) and f.type != "bool")
+        _require(right, f.name, f"a value of type {f.type}", value)
+
+
+def _check_choices(config: QuantizeConfig | JobConfig) -> None:
+    for f in fields(config):
+        choices = f.metadata.get("choices")
+        if choices:
+            _require(
+                getattr(config, f.name) in choices, f.name, "one of " + ", ".join(choices), getattr(config, f.name)
+            )
+
+
+def _check_split(split: str, rank: int) -> None:
+    rule, _, k = split.partition(":")
+    fixed = rule == "fixed" and k.isdecimal()
+    _require(fixed or split in SPLIT_RULES, "split", "search, criterion, energy or fixed:K", split)
+    _require(not fixed or int(k) <= rank, "split", f"fixed:K with K from 0 to the rank {rank}", split)

@@ -1,0 +1,13 @@
+"""The solver, in pure torch: grids, low rank in a metric, the choice of k, and one layer put together.
+
+Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m, n]`` (m = out, n = in).
+``H = E[x xᵀ]: [n, n]`` is the input moment, ``S`` any factor with ``S Sᵀ = H``. ``Q`` is the quantized weight,
+``L: [m, r]`` and ``R: [r, n]`` the adapter, ``Ŵ = Q + L R`` and ``Δ = W − Ŵ``. The error of a layer is
+``E‖x Δᵀ‖² = tr(Δ H Δᵀ) = ‖Δ S‖²_F``, called the objective.
+"""
+
+from srr_dist.solve.grids import Grid, IntGrid, MXIntGrid, make_grid
+from srr_dist.solve.layer import LayerSolution, SolveOptions, solve_layer
+from srr_dist.solve.metric import Metric
+
+__all__ = ["Grid", "IntGrid", "LayerSolution", "MXIntGrid", "Metric", "SolveOptions", "make_grid", "solve_layer"]

@@ -1,0 +1,148 @@
+"""Grids: which values a quantized weight may take, and how they are coded.
+
+A grid turns ``W: [..., m, n]`` into integer ``codes`` of the same shape and one ``scale`` per group of
+``group_size`` neighbouring inputs, so that ``Q = codes · scale``. Every scale is a bfloat16 value, because that is
+what the checkpoint stores.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from srr_dist.errors import ConfigError
+
+PER_CHANNEL = -1
+"""A ``group_size`` of −1 stands for one group per output row."""
+
+# The smallest normal bfloat16 is 2^-126; a scale below it would lose its significand.
+_MIN_EXPONENT, _MAX_EXPONENT = -126, 127
+
+
+@dataclass(frozen=True)
+class Grid(ABC):
+    """Symmetric integer codes times a scale per group.
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        group_size: inputs that share a scale, or ``PER_CHANNEL``.
+    """
+
+    bits: int
+    group_size: int
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ConfigError(f"bits: expected 2 to 8, found {self.bits}; choose another --bits")
+        if self.group_size != PER_CHANNEL and self.group_size < 1:
+            raise ConfigError(f"group_size: expected a positive number or -1 (per channel), found {self.group_size}")
+
+    @property
+    @abstractmethod
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+
+    @abstractmethod
+    def _scale(self, absmax: Tensor) -> Tensor:
+        """Scale (float32) of groups whose largest magnitude is ``absmax``."""
+
+    def fits(self, in_features: int) -> bool:
+        """Whether rows of ``in_features`` inputs are a whole number of groups."""
+        return self.group_size == PER_CHANNEL or in_features % self.group_size == 0
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits per weight: the codes and their bfloat16 scales."""
+        return self.bits + 16 / (in_features if self.group_size == PER_CHANNEL else self.group_size)
+
+    def quantize(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Round ``W: [..., m, n]`` (float32) to the nearest point of the grid.
+
+        Returns:
+            codes: int8 ``[..., m, n]``; scale: bfloat16 ``[..., m, groups]``.
+        """
+        groups = self._grouped(W)
+        scale = self._scale(groups.abs().amax(-1)).bfloat16()
+        low, high = self.code_range
+        codes = torch.round(groups / scale.float().unsqueeze(-1)).clamp_(low, high)
+        return codes.to(torch.int8).reshape(W.shape), scale
+
+    def dequantize(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``Q: [..., m, n]`` in float32, with every value rounded to ``dtype``, the type it is loaded in."""
+        return dequantize(codes, scale, dtype).float()
+
+    def _grouped(self, W: Tensor) -> Tensor:
+        n = W.shape[-1]
+        if not self.fits(n):
+            raise ConfigError(
+                f"group_size: {n} inputs are no multiple of {self.group_size}; "
+                "choose a --group-size that divides them or --exclude the layer"
+            )
+        return W.reshape(*W.shape[:-1], -1, n if self.group_size == PER_CHANNEL else self.group_size)
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes · scale`` in ``dtype``: the product of int8 ``[..., m, n]`` and bfloat16 ``[..., m, groups]``.
+
+    The product is exact in float32 (8 + 8 significant bits) and rounded once to ``dtype``.
+    """
+    groups = codes.float().reshape(*scale.shape, -1)
+    return (groups * scale.float().unsqueeze(-1)).reshape(codes.shape).to(dtype)
+
+
+@dataclass(frozen=True)
+class MXIntGrid(Grid):
+    """MXINT: a shared power-of-two scale, sign-magnitude codes of ``bits`` bits (b = 2 is ternary).
+
+    The scale is ``2^(floor(log2 absmax) − (b − 2))`` (Open Compute Project, Microscaling formats, with the block's
+    shared exponent as in QERA, arXiv 2410.06040). Every value is exact in bfloat16.
+    """
+
+    name: ClassVar[str] = "mxint"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """±(2^(b−1) − 1): sign and magnitude."""
+        top = 2 ** (self.bits - 1) - 1
+        return -top, top
+
+    def _scale(self, absmax: Tensor) -> Tensor:
+        exponent = torch.frexp(absmax).exponent - 1 - (self.bits - 2)  # frexp: absmax = f · 2^e with f in [0.5, 1)
+        scale: Tensor = torch.ldexp(torch.ones_like(absmax), exponent.clamp(_MIN_EXPONENT, _MAX_EXPONENT))
+        return scale
+
+
+@dataclass(frozen=True)
+class IntGrid(Grid):
+    """Symmetric integers with a bfloat16 scale, ``absmax / (2^(b−1) − ½)``.
+
+    The half step lets the range −2^(b−1) … 2^(b−1) − 1 reach both ends with an equal error, as compressed-tensors'
+    symmetric scheme does.
+    """
+
+    name: ClassVar[str] = "int"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Two's complement: −2^(b−1) to 2^(b−1) − 1."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def _scale(self, absmax: Tensor) -> Tensor:
+        # A group of zeros codes to zeros under any scale; a normal number keeps readers from dividing by zero.
+        floor = math.ldexp(1.0, _MIN_EXPONENT)
+        return (absmax / (2 ** (self.bits - 1) - 0.5)).clamp_min(floor)
+
+
+_GRIDS: dict[str, type[Grid]] = {grid.name: grid for grid in (MXIntGrid, IntGrid)}
+
+
+def make_grid(name: str, bits: int, group_size: int) -> Grid:
+    """The grid called ``name``; raises ConfigError for an unknown name, width or group size."""
+    if name not in _GRIDS:
+        raise ConfigError(f"grid: expected one of {', '.join(_GRIDS)}, found {name!r}")
+    return _GRIDS[name](bits, group_size)

@@ -1,0 +1,229 @@
+"""One layer: weight and metric in, codes, scales and adapter out.
+
+``solve_layer`` reads as the method does: preserve, quantize the residual, reconstruct, choose k, round the factors to
+bfloat16 and measure with what will be stored.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srr_dist.solve.grids import Grid
+from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, refit
+from srr_dist.solve.metric import Metric, inner
+from srr_dist.solve.split import (
+    coarse_candidates,
+    criterion_split,
+    energy_split,
+    layer_seed,
+    random_subspace,
+    refined_candidates,
+    uniform,
+)
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """What the solver needs to know of a run.
+
+    Attributes:
+        method: ``srr``, ``qer`` (k = 0) or ``none`` (no adapter).
+        grid: the base quantizer.
+        rank: r, cut to min(m, n) of a layer.
+        split: ``search``, ``criterion``, ``energy`` or ``fixed:K``.
+        form: ``joint`` (best rank-r approximation of W − Q) or ``split`` (P_k plus the best rank r − k of the rest).
+        dtype: type in which Q is loaded; the error is measured on Q rounded to it.
+        seed: the run's seed.
+    """
+
+    method: str
+    grid: Grid
+    rank: int
+    split: str = "search"
+    form: str = "joint"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """A solved layer, in the types that are stored.
+
+    Attributes:
+        codes: int8 ``[m, n]``.
+        scale: bfloat16 ``[m, groups]``.
+        L: bfloat16 ``[m, r]``; R: bfloat16 ``[r, n]``; columns and rows sorted by singular value. r = 0 for ``none``.
+        singular_values: float32 ``[r]``, of ``L R S``.
+        result: the layer's record, JSON values only: name, shape, rank, k, k_criterion, objective (``k0``,
+            ``criterion``, ``chosen`` before and ``stored`` after the factors are rounded; ``tr(Δ H Δᵀ)``), energy
+            (``tr(W H Wᵀ)``), candidates (k -> objective), singular_values, seed, damping, bits_per_weight, seconds.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    L: Tensor
+    R: Tensor
+    singular_values: Tensor
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """The layer solved with one k, before the factors are rounded."""
+
+    k: int
+    codes: Tensor
+    scale: Tensor
+    Q: Tensor
+    L: Tensor
+    R: Tensor
+    energies: Tensor
+    objective: float
+
+
+class _Problem:
+    """One layer's weight and metric, and what every k shares."""
+
+    def __init__(self, W: Tensor, metric: Metric, name: str, options: SolveOptions) -> None:
+        self.W, self.metric, self.options = W, metric, options
+        m, n = W.shape
+        self.rank = 0 if options.method == "none" else min(options.rank, m, n)
+        self.seed = layer_seed(options.seed, name)
+        self.block = block_size(m, n, self.rank)
+        self.probe = uniform((n, self.block), torch.Generator().manual_seed(self.seed), W.device)
+        self.weight = self._subspace(W, self.rank if options.method == "srr" else 0)
+
+    def criterion(self) -> int:
+        """The paper's k for this layer."""
+        m, n = self.W.shape
+        noise = random_subspace((m, n), self.metric, self.rank, self.block, self.seed)
+        return criterion_split(self.weight, noise, self.rank)
+
+    def candidate(self, k: int) -> _Candidate:
+        """Preserve k directions, quantize the residual, reconstruct with the rank that the form leaves."""
+        U_k = self.weight.U[:, :k]
+        preserved_R = U_k.mT @ self.W  # P_k = U_k (U_kᵀ W)
+        residual = self.W - U_k @ preserved_R
+        grid = self.options.grid
+        codes, scale = grid.quantize(residual)
+        Q = grid.dequantize(codes, scale, self.options.dtype)
+        if self.options.form == "joint":
+            E, fixed, free = self.W - Q, 0, self.rank
+        else:
+            E, fixed, free = residual - Q, k, self.rank - k
+        found = self._subspace(E, free)
+        U = found.U[:, :free]
+        L = torch.cat((U_k[:, :fixed], U), dim=1)
+        R = torch.cat((preserved_R[:fixed], U.mT @ E))
+        energies = torch.cat((self.weight.energies[:fixed], found.energies[:free]))
+        return _Candidate(k, codes, scale, Q, L, R, energies, found.residual(free))
+
+    def _subspace(self, E: Tensor, rank: int) -> Subspace:
+        EH = self.metric.right(E)
+        return leading_subspace(E, self.metric, rank, EH @ self.probe, EH=EH)
+
+
+def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> LayerSolution:
+    """Solve ``W ≈ Q + L R`` for one linear layer.
+
+    Args:
+        W: ``[m, n]``, any float type, finite; solved in float32.
+        metric: the moment of the layer's input, n inputs.
+        name: full module name; seeds the layer's random numbers.
+        options: method, grid, rank, split, form.
+
+    Source: SRR, arXiv 2602.02001, with the joint form of its reconstruction: ``L R`` is the best rank-r approximation
+    of ``W − Q``, never worse than ``P_k`` plus a rank-(r − k) correction, which is one candidate of that rank.
+    """
+    started = time.perf_counter()
+    problem = _Problem(W.float(), metric, name, options)
+    chosen, objectives, k_criterion = _choose(problem)
+    L, R = _stored_factors(chosen)
+    delta = problem.W - chosen.Q - L.float() @ R.float()
+    sigma = (chosen.energies * metric.unit).sqrt().float()
+    m, n = W.shape
+    unit = metric.unit
+    result = {
+        "name": name,
+        "shape": [m, n],
+        "rank": problem.rank,
+        "k": chosen.k,
+        "k_criterion": k_criterion,
+        "objective": {
+            "k0": unit * objectives[0] if 0 in objectives else None,
+            "criterion": unit * objectives[k_criterion] if k_criterion is not None else None,
+            "chosen": unit * chosen.objective,
+            "stored": unit * inner(metric.right(delta), delta),
+        },
+        "energy": unit * problem.weight.total,
+        "candidates": {str(k): unit * objectives[k] for k in sorted(objectives)},
+        "singular_values": sigma.tolist(),
+        "seed": problem.seed,
+        "damping": 0.0,  # nothing is inverted
+        "bits_per_weight": options.grid.bits_per_weight(n) + 16 * problem.rank * (m + n) / (m * n),
+        "seconds": {"solve": time.perf_counter() - started},
+    }
+    return LayerSolution(chosen.codes, chosen.scale, L, R, sigma, result)
+
+
+def _choose(problem: _Problem) -> tuple[_Candidate, dict[int, float], int | None]:
+    """The candidate to keep, the objectives of all k tried, and the criterion's k (None without a split)."""
+    options, rank = problem.options, problem.rank
+    if options.method != "srr":
+        only = problem.candidate(0)
+        return only, {0: only.objective}, None
+    k_criterion = problem.criterion()
+    wanted = _wanted_split(options.split, k_criterion, problem)
+    objectives: dict[int, float] = {}
+    kept: _Candidate | None = None
+
+    def attempt(ks: list[int]) -> _Candidate:
+        nonlocal kept
+        for k in ks:
+            if k not in objectives:
+                candidate = problem.candidate(k)
+                objectives[k] = candidate.objective
+                # The wanted k, or without one the least objective, ties to the smaller k.
+                if kept is None or _preference(candidate, wanted) < _preference(kept, wanted):
+                    kept = candidate
+        assert kept is not None
+        return kept
+
+    if wanted is not None:
+        return attempt([wanted, 0, k_criterion]), objectives, k_criterion
+    best = attempt([0, k_criterion, *coarse_candidates(rank)])
+    return attempt(refined_candidates(best.k, rank)), objectives, k_criterion
+
+
+def _preference(candidate: _Candidate, wanted: int | None) -> tuple[bool, float, int]:
+    return wanted not in (None, candidate.k), candidate.objective, candidate.k
+
+
+def _wanted_split(split: str, k_criterion: int, problem: _Problem) -> int | None:
+    """The k that a rule names, or None for the search."""
+    match split.partition(":"):
+        case ("search", _, _):
+            return None
+        case ("criterion", _, _):
+            return k_criterion
+        case ("energy", _, _):
+            return energy_split(problem.weight, problem.rank)
+        case ("fixed", _, k):
+            return min(int(k), problem.rank)
+    raise ValueError(f"split: {split!r} is not a rule")
+
+
+def _stored_factors(candidate: _Candidate) -> tuple[Tensor, Tensor]:
+    """L and R in bfloat16, each pair of a column and a row of about equal length, as fine-tuning wants them.
+
+    Once L is rounded, R is fitted to the rounded L, so that only R's own rounding is left: where the adapter captures
+    nearly all of the energy (the first blocks), rounding both independently would decide the error.
+    """
+    lengths = candidate.R.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    L = (candidate.L * lengths).bfloat16()
+    return L, refit(L.float(), candidate.L, candidate.R).bfloat16()
