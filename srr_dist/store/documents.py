@@ -17,13 +17,14 @@ T = TypeVar("T")
 
 
 def encode(value: Any, source: str) -> bytes:
-    """Canonical JSON of ``value``: keys sorted, no blanks, ASCII. Equal values give equal bytes.
+    """Canonical JSON of ``value``, dataclasses as objects: keys sorted, no blanks, ASCII. Equal values, equal bytes.
 
     Raises:
         StoreError: the value holds NaN, an infinity or a type JSON lacks; ``source`` says where it was meant to go.
     """
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_fields)
+        return text.encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"{source}: cannot be written as JSON: {error}") from error
 
@@ -116,6 +117,12 @@ class _Reader:
 
     def _fail(self, trail: tuple[str, ...], message: str, cause: Exception | None = None) -> NoReturn:
         raise StoreError(": ".join(filter(None, (self.source, ".".join(trail), message)))) from cause
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(value):
+        raise TypeError(f"{type(value).__name__} {reprlib.repr(value)} is no JSON value")
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +43,8 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Canonical bytes; in ``files`` the path is the key alone."""
-        document = dataclasses.asdict(self)
-        for entry in document["files"].values():
-            del entry["path"]
-        return encode(document, MANIFEST)
+        files = {path: {"size": entry.size, "sha256": entry.sha256} for path, entry in self.files.items()}
+        return encode({**vars(self), "files": files}, MANIFEST)
 
     @staticmethod
     def from_json(data: bytes, source: str = MANIFEST) -> Manifest:
@@ -83,7 +80,7 @@ def write_commit(store: ObjectStore, manifest: Manifest) -> None:
     data = manifest.to_json()
     commit = _Commit(hashlib.sha256(data).hexdigest())
     store.put(MANIFEST, data)
-    store.put(COMMIT, encode(dataclasses.asdict(commit), COMMIT))
+    store.put(COMMIT, encode(commit, COMMIT))
 
 
 def read_complete(store: ObjectStore) -> Manifest:

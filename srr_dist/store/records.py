@@ -10,7 +10,6 @@ An attempt's name is used once, so objects below it never change. Without a reco
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -69,7 +68,7 @@ class BlockRecord:
 
     def to_json(self) -> bytes:
         """Canonical bytes."""
-        return encode(dataclasses.asdict(self), f"record of unit {self.unit}")
+        return encode(self, f"record of unit {self.unit}")
 
     @staticmethod
     def from_json(data: bytes, source: str) -> BlockRecord:
