@@ -29,10 +29,13 @@ class S3Server:
         self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         self._moto.start()
         self._application: Application = self._moto._server.app
-        self._moto._server.app = lambda environ, start: self.handler(environ, start)
+        self._moto._server.app = self._answer
         self._one_at_a_time = Lock()
         self.handler: Application = self.serve
         self.url = "http://{}:{}".format(*self._moto.get_host_and_port())
+
+    def _answer(self, environ: dict[str, Any], start: Any) -> Answer:
+        return self.handler(environ, start)
 
     def serve(self, environ: dict[str, Any], start: Any) -> Answer:
         with self._one_at_a_time:

@@ -244,7 +244,7 @@ def test_local_copy_is_a_hard_link_and_leaves_no_temporary_file(local_store):
     local_store.copy("a", "b")
     local_store.copy("a", "b")
     assert (folder / "a").stat().st_ino == (folder / "b").stat().st_ino
-    assert sorted(os.listdir(folder)) == ["a", "b"]
+    assert sorted(folder.iterdir()) == [folder / "a", folder / "b"]
 
 
 def test_local_copy_without_hard_links_copies(local_store, monkeypatch):
@@ -262,7 +262,8 @@ def test_local_copy_without_hard_links_copies(local_store, monkeypatch):
 def test_local_create_of_taken_path_leaves_no_temporary_file(local_store):
     local_store.create("a", b"1")
     local_store.create("a", b"2")
-    assert os.listdir(local_store.url) == ["a"]
+    folder = Path(local_store.url)
+    assert list(folder.iterdir()) == [folder / "a"]
 
 
 def test_s3_create_whose_answer_is_lost_is_ours_by_content(s3, s3_store):

@@ -1,0 +1,118 @@
+"""Writers killed in the middle of a write: real processes, SIGKILL, every kind of store that outlives them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srr_dist.store import ObjectStore
+from srr_dist.store.local import CHUNK_BYTES
+from srr_dist.store.paths import TEMPORARY_PREFIX
+
+DEADLINE_SECONDS = 60
+LARGE = 4 * 2**20
+
+
+def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def kill_when(condition: Callable[[], bool], process: BaseProcess) -> None:
+    """SIGKILL once the condition holds, which it must while the process is at work."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        process.join(0.001)
+        assert process.is_alive(), "the process ended before it could be killed"
+        assert time.monotonic() < deadline, "the process never came to the point where it is killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def temporary_files(store: ObjectStore) -> list[Path]:
+    return list(Path(store.url).rglob(f"{TEMPORARY_PREFIX}*"))
+
+
+def test_local_upload_killed_halfway_leaves_no_object_and_can_be_repeated(local_store, tmp_path):
+    source = tmp_path / "pipe"
+    os.mkfifo(source)
+    # A pipe that never ends holds the upload in its middle. Opened for both ways, so that no side waits for the other.
+    pipe = os.open(source, os.O_RDWR | os.O_NONBLOCK)
+
+    def first_chunk_written() -> bool:
+        with suppress(BlockingIOError):
+            os.write(pipe, bytes(2**16))
+        return any(file.stat().st_size >= CHUNK_BYTES for file in temporary_files(local_store))
+
+    kill_when(first_chunk_written, start(local_store.upload, source, "blocks/a"))
+    os.close(pipe)
+    assert local_store.list() == {}
+    assert not local_store.exists("blocks/a")
+    assert len(temporary_files(local_store)) == 1
+
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"content")
+    local_store.upload(whole, "blocks/a")
+    assert local_store.list() == {"blocks/a": 7}
+    local_store.delete_tree("blocks")
+    assert temporary_files(local_store) == []
+
+
+def write_forever(store: ObjectStore) -> None:
+    """Replace one object and create others, each filled with one byte value."""
+    for number in count():
+        content = bytes([number % 256]) * LARGE
+        store.put("replaced", content)
+        store.create(f"created/{number:06}", content)
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_local_objects_of_a_killed_writer_are_whole(local_store, attempt):
+    def in_the_middle() -> bool:
+        return len(local_store.list("created")) > attempt and len(temporary_files(local_store)) > 0
+
+    kill_when(in_the_middle, start(write_forever, local_store))
+    sizes = local_store.list()
+    assert "replaced" in sizes
+    assert set(sizes.values()) == {LARGE}
+    for path in sizes:
+        content = local_store.get(path)
+        assert content == content[:1] * LARGE
+
+
+def test_s3_upload_killed_between_its_parts_leaves_no_object(s3, s3_store, tmp_path):
+    second_part_arrived, killed = threading.Event(), threading.Event()
+    first_part_stored = threading.Event()
+
+    def hold_second_part(environ, answer):
+        if "partNumber=2" in environ["QUERY_STRING"]:
+            second_part_arrived.set()
+            killed.wait(DEADLINE_SECONDS)
+            return []
+        result = s3.serve(environ, answer)
+        if "partNumber=1" in environ["QUERY_STRING"]:
+            first_part_stored.set()
+        return result
+
+    file = tmp_path / "large"
+    with file.open("wb") as stream:
+        stream.truncate(101 * 2**20)  # s3fs sends parts from 100 MiB on
+    s3.handler = hold_second_part
+    try:
+        process = start(s3_store.upload, file, "blocks/a")
+        kill_when(lambda: first_part_stored.is_set() and second_part_arrived.is_set(), process)
+    finally:
+        killed.set()
+    assert not s3_store.exists("blocks/a")
+    assert s3_store.list() == {}
