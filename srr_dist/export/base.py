@@ -7,12 +7,13 @@ tensors outside the blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from srr_dist.export.packing import pack, unpack
+from srr_dist.export.packing import pack, packed_width, unpack
 from srr_dist.solve.grids import PER_CHANNEL, dequantize
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -39,7 +40,7 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
 
 
 def dense_tensors(tensors: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    """A shard's tensors under their original names: packed linears as :func:`dequantized` has them, others as stored."""
+    """A shard's tensors under their original names: packed linears :func:`dequantized`, all others as they are."""
     dense = {}
     for name, tensor in tensors.items():
         if name.endswith(PACKED):
@@ -80,3 +81,23 @@ def shard_index(shards: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         "metadata": {"total_size": sum(sum(sizes.values()) for sizes in shards.values())},
         "weight_map": {name: shard for shard, sizes in shards.items() for name in sizes},
     }
+
+
+def bits_per_weight(layers: Iterable[Mapping[str, Any]]) -> float:
+    """Bits stored for codes, scales and adapters, per quantized weight; NaN if there is none.
+
+    Args:
+        layers: a manifest's ``layers``: each with ``shape`` [m, n], ``bits``, ``group_size`` and ``rank``.
+    """
+    stored = weights = 0
+    for layer in layers:
+        m, n = layer["shape"]
+        codes, scales = 32 * packed_width(n, layer["bits"]), 16 * group_count(n, layer["group_size"])
+        stored += m * (codes + scales) + 16 * layer["rank"] * (m + n)
+        weights += m * n
+    return stored / weights if weights else math.nan
+
+
+def group_count(n: int, group_size: int) -> int:
+    """Scales in a row of ``n`` inputs."""
+    return 1 if group_size == PER_CHANNEL else n // group_size

@@ -1,0 +1,125 @@
+"""README.md of an output: what it is, how to load and serve it, what it takes, and what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from srr_dist.export.adapter import VLLM_MAX_RANKS, legal_vllm_rank
+from srr_dist.export.quantities import plain, size
+
+METHODS = {
+    "srr": "SRR (preserve, quantize, reconstruct; arXiv 2602.02001)",
+    "qer": "QER (quantize, then reconstruct)",
+    "none": "weight-only quantization, no adapter",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card states.
+
+    Attributes:
+        model: the source model, as a reader knows it.
+        method: ``srr``, ``qer`` or ``none``.
+        bits: width of a code.
+        group_size: inputs that share a scale; −1 for one scale per output channel.
+        rank: largest rank of the adapters; 0 without.
+        bits_per_weight: stored bits per quantized weight: codes, scales and adapters.
+        base_bytes, adapter_bytes: sizes of the two folders.
+        dense_bytes: memory of all weights once transformers has expanded them.
+        exports: folders of the output.
+        evaluation: what was measured -> its value, as ``{"perplexity, WikiText-2": 10.7}``.
+    """
+
+    model: str
+    method: str
+    bits: int
+    group_size: int
+    rank: int
+    bits_per_weight: float
+    base_bytes: int
+    adapter_bytes: int
+    dense_bytes: int
+    exports: tuple[str, ...]
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card, in Markdown; equal facts give equal text."""
+    sections = [_summary(facts)]
+    if "base" in facts.exports:
+        sections += [_transformers(facts), _vllm(facts)]
+    if "dense" in facts.exports:
+        sections.append(_merged(facts))
+    if facts.evaluation:
+        sections.append(_evaluation(facts.evaluation))
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(facts: CardFacts) -> str:
+    scales = "one scale per output channel" if facts.group_size == -1 else f"a scale per {facts.group_size} inputs"
+    rows = [
+        ("method", METHODS.get(facts.method, facts.method)),
+        ("base", f"{facts.bits}-bit codes, {scales}"),
+        ("adapter", f"rank {facts.rank}, bfloat16" if facts.rank else "none"),
+        ("stored per quantized weight", f"{_bits(facts.bits_per_weight)} bits"),
+        ("size of `base/`", size(facts.base_bytes) if "base" in facts.exports else "not exported"),
+        ("size of `adapter/`", size(facts.adapter_bytes) if "adapter" in facts.exports else "none"),
+    ]
+    text = f"# {facts.model}, {facts.bits} bits\n\nEvery quantized weight is W ≈ Q"
+    return f"{text}{' + L·R' if facts.rank else ''}.\n\n{_table(('', ''), rows)}"
+
+
+def _transformers(facts: CardFacts) -> str:
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    lines = [
+        'model = AutoModelForCausalLM.from_pretrained("base")',
+        'tokenizer = AutoTokenizer.from_pretrained("base")',
+    ]
+    packages = "transformers compressed-tensors"
+    if facts.rank:
+        imports.insert(0, "from peft import PeftModel")
+        lines.insert(1, 'model = PeftModel.from_pretrained(model, "adapter")')
+        packages += " peft"
+    code = "\n".join([*imports, "", *lines])
+    return (
+        f"## transformers\n\n`pip install {packages}`, then, in this folder:\n\n```python\n{code}\n```\n\n"
+        f"transformers expands the weights while it loads them: they take {size(facts.dense_bytes)} of memory, as the "
+        "original's do. What is small here is the storage."
+    )
+
+
+def _vllm(facts: CardFacts) -> str:
+    command = "vllm serve ./base"
+    note = "vLLM keeps the codes packed; which widths it can run depends on its version and on the GPU."
+    if facts.rank:
+        legal = legal_vllm_rank(facts.rank)
+        if legal is None:
+            return (
+                f"## vLLM\n\nvLLM serves adapters up to rank {VLLM_MAX_RANKS[-1]}; these have rank {facts.rank}. "
+                "Serve the merged weights instead (`--export dense`)."
+            )
+        command += f" --enable-lora --max-lora-rank {legal} --lora-modules srr=./adapter"
+        note += " Requests name the model `srr`; without the adapter the answers are those of Q alone."
+    return f"## vLLM\n\n```sh\n{command}\n```\n\n{note}"
+
+
+def _merged(facts: CardFacts) -> str:
+    return (
+        f"## Merged weights\n\n`dense/` holds Q{' + L·R' if facts.rank else ''} as an ordinary checkpoint of "
+        f"{size(facts.dense_bytes)}, for anything that reads the original."
+    )
+
+
+def _evaluation(evaluation: Mapping[str, float]) -> str:
+    return f"## Measured\n\n{_table(('', 'value'), [(name, plain(value, 5)) for name, value in evaluation.items()])}"
+
+
+def _bits(value: float) -> str:
+    return plain(None if math.isnan(value) else value)
+
+
+def _table(heading: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"| {left} | {right} |" for left, right in [heading, ("---", "---"), *rows])

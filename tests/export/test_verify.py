@@ -1,0 +1,174 @@
+"""Every kind of damage to a finished output is found and named."""
+
+import dataclasses
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from random_runs import Recipe, commit_run, llama_config
+
+from srr_dist.export.assemble import assemble
+from srr_dist.export.verify import verify_output
+from srr_dist.store.manifest import COMMIT, MANIFEST, write_commit
+from srr_dist.store.objects import FileEntry, ObjectStore
+
+SHARD = "base/model-00002-of-00003.safetensors"
+ADAPTER = "adapter/adapter_model.safetensors"
+SCALE = "model.layers.1.mlp.up_proj.weight_scale"
+
+
+@pytest.fixture
+def finished(committed):
+    """A sound output with every export, and its manifest."""
+    manifest = assemble(committed.store, committed.records, committed.output, ["compressed", "dense"])
+    return committed.store, manifest
+
+
+def rewrite(store, path, change):
+    """Replace a tensor file by one with changed tensors, of the same size."""
+    tensors = safetensors.torch.load(store.get(path))
+    change(tensors)
+    store.put(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def recommit(store, manifest, *dropped, **changes):
+    """Commit the output as it lies there, with files dropped and fields changed: as if it had been made so."""
+    kept = {path: entry for path, entry in manifest.files.items() if path not in dropped}
+    files = {path: FileEntry(path, store.size(path), store.sha256(path)) for path in kept}
+    write_commit(store, dataclasses.replace(manifest, files=files, **changes))
+
+
+@pytest.mark.parametrize("method_rank", [4, 0])
+def test_verify_sound_output_finds_nothing(tmp_path, method_rank):
+    recipe = Recipe(group_size=-1, rank=lambda name: None if "k_proj" in name else method_rank)
+    run = commit_run(ObjectStore(str(tmp_path / "out")), tmp_path, llama_config(dtype="bfloat16"), recipe)
+    assemble(run.store, run.records, run.output, ["compressed", "dense"])
+    for view in ("README.md", "report.html", "report.json"):
+        run.store.put(view, b"regenerated at any time")
+    assert verify_output(run.store.url) == []
+
+
+def test_verify_missing_commit_is_one_problem(finished):
+    store, _ = finished
+    store.delete(COMMIT)
+    assert [problem for problem in verify_output(store.url) if "no COMMIT" not in problem] == []
+    assert len(verify_output(store.url)) == 1
+
+
+def test_verify_nothing_there_is_one_problem(tmp_path):
+    (problem,) = verify_output(str(tmp_path / "nothing"))
+    assert "no COMMIT" in problem
+
+
+def test_verify_edited_manifest_is_found(finished):
+    store, _ = finished
+    store.put(MANIFEST, store.get(MANIFEST).replace(b'"rank":4', b'"rank":8'))
+    (problem,) = verify_output(store.url)
+    assert "manifest.json: COMMIT expects sha256" in problem
+
+
+@pytest.mark.parametrize("path", [SHARD, ADAPTER, SHARD.replace("base", "dense"), "base/tokenizer_config.json"])
+@pytest.mark.parametrize("position", [0, -1])
+def test_verify_flipped_bit_is_found_in_every_kind_of_file(finished, path, position):
+    store, _ = finished
+    data = bytearray(store.get(path))
+    data[position] ^= 1
+    store.put(path, bytes(data))
+    problems = verify_output(store.url)
+    assert problems
+    assert all(path in problem for problem in problems)
+
+
+@pytest.mark.parametrize("path", [SHARD, ADAPTER, "base/config.json"])
+def test_verify_deleted_file_is_found(finished, path):
+    store, _ = finished
+    store.delete(path)
+    (problem,) = verify_output(store.url)
+    assert path in problem
+    assert "no such object" in problem
+
+
+def test_verify_truncated_adapter_is_found(finished):
+    store, manifest = finished
+    store.put(ADAPTER, store.get(ADAPTER)[:-2])
+    size = manifest.files[ADAPTER].size
+    assert verify_output(store.url) == [f"{ADAPTER}: {size - 2} bytes, the manifest says {size}"]
+
+
+@pytest.mark.parametrize("folder", ["base", "adapter", "dense"])
+def test_verify_extra_file_is_found(finished, folder):
+    store, _ = finished
+    store.put(f"{folder}/model.safetensors", b"")
+    (problem,) = verify_output(store.url)
+    assert problem.startswith(f"{folder}/model.safetensors: not in the manifest")
+
+
+def spoil(name, value):
+    def change(tensors):
+        tensors[name].view(-1)[3] = value
+
+    return change
+
+
+SPOILED = {
+    "NaN scale": (SHARD, spoil(SCALE, torch.nan), "1 of 128 values are NaN or infinite"),
+    "zero scale": (SHARD, spoil(SCALE, 0), "1 of 128 scales are zero or negative"),
+    "infinite norm": (SHARD, spoil("model.layers.1.input_layernorm.weight", torch.inf), "1 of 64 values are NaN"),
+    "NaN factor": (ADAPTER, spoil("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", torch.nan), "1 of 256"),
+    "NaN embedding": (
+        "base/model-00003-of-00003.safetensors",
+        spoil("model.embed_tokens.weight", torch.nan),
+        "1 of 8192",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_verify_value_that_was_committed_spoiled_is_found(finished, case):
+    store, manifest = finished
+    path, change, message = SPOILED[case]
+    rewrite(store, path, change)
+    recommit(store, manifest)
+    (problem,) = verify_output(store.url)
+    assert problem.startswith(f"{path}: tensor ")
+    assert message in problem
+
+
+def test_verify_hole_in_the_blocks_is_found(finished):
+    store, manifest = finished
+    store.delete(SHARD)
+    recommit(store, manifest, SHARD)
+    problems = verify_output(store.url)
+    assert f"{SHARD}: missing, though its neighbours are there" in problems
+    assert any(f"tensor {SCALE}" in problem for problem in problems)
+
+
+def test_verify_tensor_in_two_shards_is_found(finished):
+    store, manifest = finished
+    rewrite(
+        store,
+        "base/model-00003-of-00003.safetensors",
+        lambda tensors: tensors.update({SCALE: torch.ones(64, 2).bfloat16()}),
+    )
+    recommit(store, manifest)
+    problems = verify_output(store.url)
+    assert any(f"{SCALE} is in model-00002-of-00003" in problem for problem in problems)
+
+
+def test_verify_layer_that_the_manifest_describes_otherwise_is_found(finished):
+    store, manifest = finished
+    layers = {name: {**layer, "rank": 3, "bits": 4} for name, layer in manifest.layers.items()}
+    recommit(store, manifest, layers=layers)
+    problems = verify_output(store.url)
+    assert any("up_proj.lora_A.weight: shape (4, 64), by the manifest (3, 64)" in problem for problem in problems)
+    assert any("up_proj.weight_packed: shape (64, 6), by the manifest (64, 8)" in problem for problem in problems)
+    assert any(problem.startswith("base/config.json: (bits, group size) (3, 32)") for problem in problems)
+
+
+def test_verify_adapter_configuration_with_another_scale_is_found(finished):
+    store, manifest = finished
+    config = store.get_json("adapter/adapter_config.json") | {"lora_alpha": 8}
+    store.put("adapter/adapter_config.json", json.dumps(config).encode())
+    recommit(store, manifest)
+    assert verify_output(store.url) == ["adapter/adapter_config.json: its ranks or modules are not the manifest's"]
