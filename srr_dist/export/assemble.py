@@ -31,7 +31,7 @@ from srr_dist.store.records import BlockRecord
 EXPORTS = {"compressed": ("base", "adapter"), "dense": ("dense",)}
 """Value of ``--export`` -> the folders it stands for."""
 
-COPY_THREADS = 8
+STORE_THREADS = 8
 REST = "rest"
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ def assemble(
         OutputError: a unit has no record.
         StoreError: a unit's file is missing or damaged, or two of them hold the same tensor.
     """
-    units = [_open_unit(store, record) for record in _in_order(records, output.block_count)]
+    with ThreadPoolExecutor(STORE_THREADS) as pool:
+        units = list(pool.map(lambda record: _open_unit(store, record), _in_order(records, output.block_count)))
     fingerprint = units[-1].record.fingerprint
     _refuse_repeated_tensors(units)
     folders = {folder for export in exports for folder in EXPORTS[export]} | _folders_of_earlier(store, fingerprint)
@@ -148,7 +149,7 @@ def _write_base(store: ObjectStore, units: Sequence[_Unit], output: Output) -> l
     quantization = quantization_config(output.bits, output.group_size, ignore)
     config = json.loads(output.companions["config.json"]) | {"quantization_config": quantization}
     names = [f"base/{shard_name(i, len(units))}" for i in range(1, len(units) + 1)]
-    with ThreadPoolExecutor(COPY_THREADS) as pool:
+    with ThreadPoolExecutor(STORE_THREADS) as pool:
         list(pool.map(store.copy, [unit.base.path for unit in units], names))
     originals = [unit.record.files["base"] for unit in units]
     shards = [FileEntry(name, entry.size, entry.sha256) for name, entry in zip(names, originals, strict=True)]
