@@ -5,7 +5,9 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 
@@ -81,18 +83,28 @@ def test_create_same_content_again_counts_as_ours(store):
     assert store.create("a", b"same")
 
 
-def test_create_by_threads_has_one_winner(store):
+def test_create_by_threads_has_one_winner(store, eager_switching):
     together = Barrier(WRITERS)
-
-    def write(content: bytes) -> bool:
-        together.wait()
-        return store.create("contended/record", content)
-
     contents = [f"writer {i}".encode() for i in range(WRITERS)]
+
+    def write(path: str, content: bytes) -> bool:
+        together.wait()
+        return store.create(path, content)
+
     with ThreadPoolExecutor(WRITERS) as pool:
-        won = list(pool.map(write, contents))
-    assert won.count(True) == 1
-    assert store.get("contended/record") == contents[won.index(True)]
+        for path in map(str, range(20)):
+            won = list(pool.map(partial(write, path), contents))
+            assert won.count(True) == 1
+            assert store.get(path) == contents[won.index(True)]
+
+
+@pytest.fixture
+def eager_switching():
+    """Lets threads take turns so often that two steps of one are seldom left together."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
 
 
 def test_create_by_processes_has_one_winner(shared_store):
