@@ -6,7 +6,8 @@ SrrError
 ├── CalibrationError   the calibration data is wrong or too little        (exit code 2)
 ├── OutputError        the output location holds something else           (exit code 2)
 ├── StoreError         storage answered in a way that cannot be worked with (exit code 1)
-└── PipelineError      a worker or a unit of work failed for good         (exit code 1)
+├── PipelineError      a worker or a unit of work failed for good         (exit code 1)
+└── StoppedError       the run was asked to stop and can be resumed       (exit code 75, EX_TEMPFAIL)
 
 Every message says what is wrong, which object it is about, what was expected and found, and what to do.
 """
@@ -50,3 +51,9 @@ class StoreError(SrrError):
 
 class PipelineError(SrrError):
     """A worker or a unit of work failed for good; the message names the unit."""
+
+
+class StoppedError(SrrError):
+    """The run was asked to stop; everything committed is kept, the same command goes on from there."""
+
+    exit_code = 75

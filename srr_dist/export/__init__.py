@@ -8,12 +8,13 @@ assemble    committed blocks -> base/, adapter/, dense/, manifest, COMMIT
 load        a finished output, block by block
 verify      a finished output checked against itself
 card        README.md of an output
+views       report.json, report.html and README.md, made from records and evaluations
 report      report.html, with its sections, pictures, markup and numbers beside it
 """
 
 from srr_dist.export.assemble import EXPORTS, Output, assemble
-from srr_dist.export.card import CardFacts, model_card
 from srr_dist.export.load import QuantizedModel
 from srr_dist.export.verify import verify_output
+from srr_dist.export.views import add_evaluation, write_views
 
-__all__ = ["EXPORTS", "CardFacts", "Output", "QuantizedModel", "assemble", "model_card", "verify_output"]
+__all__ = ["EXPORTS", "Output", "QuantizedModel", "add_evaluation", "assemble", "verify_output", "write_views"]

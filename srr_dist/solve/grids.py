@@ -72,9 +72,9 @@ class Grid(ABC):
         codes = torch.round(groups / scale.float().unsqueeze(-1)).clamp_(low, high)
         return codes.to(torch.int8).reshape(W.shape), scale
 
-    def dequantize(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``Q: [..., m, n]`` in float32, with every value rounded to ``dtype``, the type it is loaded in."""
-        return dequantize(codes, scale, dtype).float()
+    def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """``Q: [..., m, n]`` in float32, exactly as readers of the checkpoint will hold it."""
+        return dequantize(codes, scale, torch.bfloat16).float()
 
     def _grouped(self, W: Tensor) -> Tensor:
         n = W.shape[-1]
@@ -113,7 +113,9 @@ class MXIntGrid(Grid):
 
     def _scale(self, absmax: Tensor) -> Tensor:
         exponent = torch.frexp(absmax).exponent - 1 - (self.bits - 2)  # frexp: absmax = f · 2^e with f in [0.5, 1)
-        scale: Tensor = torch.ldexp(torch.ones_like(absmax), exponent.clamp(_MIN_EXPONENT, _MAX_EXPONENT))
+        # 2^e as the bits of a float32: exact on every device, which a power function does not promise.
+        bits: Tensor = (exponent.clamp(_MIN_EXPONENT, _MAX_EXPONENT) + 127) << 23
+        scale: Tensor = bits.view(torch.float32)
         return scale
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from srr_dist.solve.grids import Grid
-from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, refit
+from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, refit
 from srr_dist.solve.metric import Metric, inner
 from srr_dist.solve.split import (
     coarse_candidates,
@@ -37,7 +37,6 @@ class SolveOptions:
         rank: r, cut to min(m, n) of a layer.
         split: ``search``, ``criterion``, ``energy`` or ``fixed:K``.
         form: ``joint`` (best rank-r approximation of W − Q) or ``split`` (P_k plus the best rank r − k of the rest).
-        dtype: type in which Q is loaded; the error is measured on Q rounded to it.
         seed: the run's seed.
     """
 
@@ -46,7 +45,6 @@ class SolveOptions:
     rank: int
     split: str = "search"
     form: str = "joint"
-    dtype: torch.dtype = torch.float32
     seed: int = 0
 
 
@@ -111,17 +109,16 @@ class _Problem:
         residual = self.W - U_k @ preserved_R
         grid = self.options.grid
         codes, scale = grid.quantize(residual)
-        Q = grid.dequantize(codes, scale, self.options.dtype)
+        Q = grid.dequantize(codes, scale)
         if self.options.form == "joint":
             E, fixed, free = self.W - Q, 0, self.rank
         else:
             E, fixed, free = residual - Q, k, self.rank - k
         found = self._subspace(E, free)
-        U = found.U[:, :free]
-        L = torch.cat((U_k[:, :fixed], U), dim=1)
-        R = torch.cat((preserved_R[:fixed], U.mT @ E))
-        energies = torch.cat((self.weight.energies[:fixed], found.energies[:free]))
-        return _Candidate(k, codes, scale, Q, L, R, energies, found.residual(free))
+        L, R, energies = found.U, found.U.mT @ E, found.energies
+        if fixed:
+            L, R, energies = principal(torch.cat((U_k, L), dim=1), torch.cat((preserved_R, R)), self.metric)
+        return _Candidate(k, codes, scale, Q, L, R, energies, found.tail)
 
     def _subspace(self, E: Tensor, rank: int) -> Subspace:
         EH = self.metric.right(E)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srr_dist.solve.metric import Metric, eigh, inner
+from srr_dist.solve.metric import Metric, eigh, inner, one_thread
 
 OVERSAMPLING = 16
 TOLERANCE = 1e-4
@@ -29,20 +29,25 @@ class Subspace:
     """The leading left singular directions of ``E S``, strongest first.
 
     Attributes:
-        U: float32 ``[m, b]``, orthonormal; the first ``rank`` columns are converged, the others are guard vectors.
-        energies: float64 ``[b]``, the squared singular values ``σ_i²``.
-        total: ``‖E S‖²_F = tr(E H Eᵀ)``, in the scaled metric.
+        U: float32 ``[m, rank]``, orthonormal.
+        energies: float64 ``[rank]``, the squared singular values ``σ_i²``.
+        tail: ``‖E − U Uᵀ E‖²_H``, the energy beyond them, in the scaled metric.
         iterations: products with M that it took.
     """
 
     U: Tensor
     energies: Tensor
-    total: float
+    tail: float
     iterations: int
 
+    @property
+    def total(self) -> float:
+        """``‖E S‖²_F = tr(E H Eᵀ)``, in the scaled metric."""
+        return self.residual(0)
+
     def residual(self, rank: int) -> float:
-        """``‖E − L R‖²_H`` of the best approximation of that rank: the total less the captured energy."""
-        return max(self.total - float(self.energies[:rank].sum()), 0.0)
+        """``‖E − L R‖²_H`` of the best approximation of that rank, 0 … the rank of the subspace."""
+        return self.tail + float(self.energies[rank:].sum())
 
     def unexplained(self, rank: int) -> float:
         """``ρ_rank = 1 − Σ_{i≤rank} σ_i² / ‖E S‖²``, the share of the energy beyond that rank."""
@@ -65,7 +70,7 @@ def leading_subspace(
         E: float32 ``[m, n]``.
         metric: H of the n inputs.
         rank: directions wanted, 0 … min(m, n).
-        start: float32 ``[m, b]`` with b ≥ rank, any vectors that are not orthogonal to the answer.
+        start: float32 ``[m, b]`` with rank ≤ b ≤ m, any vectors that are not orthogonal to the answer.
         EH: ``E H`` when the caller has it already.
         tolerance: stop when the captured energy that is still expected, extrapolated from the last two steps, falls
             below this share of the residual energy.
@@ -73,37 +78,49 @@ def leading_subspace(
     """
     EH = metric.right(E) if EH is None else EH
     total = inner(EH, E)
-    if rank == 0 or total <= 0.0:
-        U = orthonormal(start)
-        return Subspace(U, torch.zeros(U.shape[1], dtype=torch.float64, device=E.device), max(total, 0.0), 0)
+    if rank == 0:
+        return Subspace(start[:, :0], start.new_zeros(0, dtype=torch.float64), max(total, 0.0), 0)
     Y, captured, gain = start, 0.0, total
     for iteration in range(1, max_iterations + 1):
         U = orthonormal(Y)
         Z = EH @ (U.mT @ E).mT
         energies, V = eigh(U.mT.double() @ Z.double())
-        V32 = V.float()
-        Y = Z @ V32
+        Y = Z @ V.float()
         previous_gain, previous = gain, captured
         captured = float(energies[:rank].clamp_min(0.0).sum())
         gain = captured - previous
         rate = min(max(gain / previous_gain, 0.0), 0.95) if previous_gain > 0.0 else 0.0
         if iteration > 2 and gain * rate / (1.0 - rate) <= tolerance * max(total - captured, 1e-6 * total):
             break
-    return Subspace(U @ V32, energies.clamp_min(0.0), total, iteration)
+    U = (U.double() @ V[:, :rank]).float()
+    # Measured on what is left, not as total − captured: a few massive inputs may hold all but 1e-6 of the total.
+    tail = inner(EH - U @ (U.mT @ EH), E - U @ (U.mT @ E))
+    return Subspace(U, energies[:rank].clamp_min(0.0), max(tail, 0.0), iteration)
 
 
 def orthonormal(Y: Tensor) -> Tensor:
-    """An orthonormal basis ``[m, b']`` of the columns of ``Y: [m, b]``; b' < b where columns depend on each other.
+    """An orthonormal basis ``[m, b]`` whose first i columns span the first i of ``Y: [m, b]``, in order; b ≤ m.
 
-    Columns are scaled to length one first: after a product with M they are nearly orthogonal Ritz vectors whose
-    lengths differ by orders of magnitude, and so the Gram matrix is close to the identity.
+    Where a column depends on those before it, an arbitrary direction takes its place. Householder reflections keep
+    what is left of a weak column under a strong one (a Gram matrix would square their ratio, and massive inputs make
+    it 1e4 and more), and one thread keeps the bits.
     """
-    Y64 = Y.double()
-    Y64 = Y64 / torch.linalg.vector_norm(Y64, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    values, V = eigh(Y64.mT @ Y64)
-    keep = int((values > 1e-9 * values[0]).sum())
-    U: Tensor = (Y64 @ V[:, :keep]) / values[:keep].sqrt()
+    with one_thread():
+        U: Tensor = torch.linalg.qr(Y.double())[0]
     return U.float()
+
+
+def principal(L: Tensor, R: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+    """``L R`` again, with orthonormal columns in L, strongest first, and the squared singular values of ``L R S``.
+
+    Args:
+        L: float32 ``[m, r]``; R: float32 ``[r, n]``; r ≤ m.
+        metric: H of the n inputs.
+    """
+    U = orthonormal(L)
+    B = (U.mT @ L) @ R
+    energies, V = eigh(metric.right(B).double() @ B.mT.double())
+    return U @ V.float(), V.mT.float() @ B, energies.clamp_min(0.0)
 
 
 def block_size(m: int, n: int, rank: int) -> int:

@@ -40,7 +40,7 @@ class BlockRecord:
     ``generation`` counts from 1. ``files``: "base", "adapter" -> object, all below this attempt's folder.
     ``layers``: one JSON object per layer, as the solver reports it. ``source_sha256``: of the weights that were read.
     ``seconds``: step -> duration. ``versions``: package -> version. ``hardware``: the device's name. ``finished``:
-    unix time.
+    unix time. ``stage``: where in the pipeline it was done and in how much memory; {} for work outside it.
     """
 
     unit: str
@@ -54,6 +54,7 @@ class BlockRecord:
     versions: dict[str, str]
     hardware: str
     finished: float
+    stage: dict[str, Any]
 
     def __post_init__(self) -> None:
         check_fingerprint(self.fingerprint)

@@ -1,0 +1,69 @@
+"""Boundary activations: the hidden states that enter a window, kept so that a restart need not begin at the tokens.
+
+One object per calibration sequence, under a name that never changes its content, and a create-only record with their
+hashes: without the record a boundary does not exist.
+
+    boundaries/00004/00012.safetensors      hidden states [1, T, d] of sequence 12 before block 4
+    boundaries/00004.json                   {"sha256": [one per sequence]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import safetensors.torch
+from torch import Tensor
+
+from srr_dist.errors import StoreError
+from srr_dist.store import RunArea
+
+_RECORD = re.compile(r"boundaries/([0-9]{5})\.json")
+
+
+class Boundaries:
+    """The boundaries of a run. Holds no state but the records it has read."""
+
+    def __init__(self, area: RunArea) -> None:
+        self._area = area
+        self._hashes: dict[int, list[str]] = {}
+
+    def available(self) -> set[int]:
+        """Blocks in front of which a complete boundary lies; 0, the tokens themselves, always."""
+        names = (
+            path.removeprefix(f"{self._area.folder}/") for path in self._area.store.list(self._area.path("boundaries"))
+        )
+        return {0} | {int(match[1]) for name in names if (match := _RECORD.fullmatch(name))}
+
+    def save(self, block: int, sequence: int, hidden: Tensor) -> str:
+        """Store ``hidden: [1, T, d]`` before ``block``; returns its sha256."""
+        data = safetensors.torch.save({"hidden": hidden.contiguous()})
+        self._area.store.put(self._object(block, sequence), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def complete(self, block: int, hashes: list[str]) -> None:
+        """Declare the boundary before ``block`` complete; of two writers the first one's record stays."""
+        self._area.store.create(self._record(block), json.dumps({"sha256": hashes}).encode())
+
+    def load(self, block: int, sequence: int) -> Tensor:
+        """The hidden states ``[1, T, d]`` of a sequence before ``block``; StoreError if they are not as recorded."""
+        if block not in self._hashes:
+            self._hashes[block] = self._area.store.get_json(self._record(block))["sha256"]
+        path = self._object(block, sequence)
+        data = self._area.store.get(path)
+        if hashlib.sha256(data).hexdigest() != self._hashes[block][sequence]:
+            raise StoreError(f"{self._area.store.location(path)}: damaged, its sha256 is not the recorded one")
+        return safetensors.torch.load(data)["hidden"]
+
+    def discard(self, block: int) -> None:
+        """Remove the boundary before ``block``; its record first, so that it is never half there."""
+        self._hashes.pop(block, None)
+        self._area.store.delete(self._record(block))
+        self._area.store.delete_tree(self._area.path(f"boundaries/{block:05d}"))
+
+    def _object(self, block: int, sequence: int) -> str:
+        return self._area.path(f"boundaries/{block:05d}/{sequence:05d}.safetensors")
+
+    def _record(self, block: int) -> str:
+        return self._area.path(f"boundaries/{block:05d}.json")

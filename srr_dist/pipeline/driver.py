@@ -1,0 +1,249 @@
+"""The main job: prepare, plan, work off the windows, assemble, report."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from srr_dist.config import RunConfig
+from srr_dist.errors import PipelineError, SrrError, StoppedError, StoreError
+from srr_dist.export import Output, assemble, write_views
+from srr_dist.pipeline.boundaries import Boundaries
+from srr_dist.pipeline.cluster import Actors, connected
+from srr_dist.pipeline.plan import Plan, hidden_size, make_plan
+from srr_dist.pipeline.prepare import prepare
+from srr_dist.pipeline.progress import Progress
+from srr_dist.pipeline.run import REST, Run, stored_dtype, unit_name, versions
+from srr_dist.pipeline.stage import Stage, StagePlan
+from srr_dist.pipeline.windows import Window, batches, next_window
+from srr_dist.store import ObjectStore, RunArea
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Failures of workers in a row, without one block committed between them, after which a run gives up."""
+
+POLL_SECONDS = 1.0
+
+
+def quantize(config: RunConfig) -> Plan:
+    """Run the whole job, or what is left of it; with ``dry_run`` only plan it. Returns the plan that was followed.
+
+    Raises:
+        SrrError: see ``srr_dist.errors``; nothing committed is lost.
+    """
+    with connected(config.job) as cluster, stop_requests() as stop:
+        run = prepare(config.quantize, config.job.output, on_gpu=bool(cluster.gpus))
+        plan = make_plan(run, cluster, config.job.blocks_per_stage)
+        if config.job.dry_run:
+            return plan
+        store = ObjectStore(run.output)
+        area = RunArea(store, run.fingerprint)
+        area.begin(run.document())
+        work_off(plan, area, stop)
+        finish(run, area, config.job.export)
+        return plan
+
+
+def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> None:
+    """Commit every unit that has no result yet, window by window, replacing workers that die.
+
+    Raises:
+        PipelineError: workers died ``ATTEMPTS`` times in a row without a block committed between.
+        StoppedError: a stop was asked for.
+    """
+    run = plan.run
+    if not missing_units(run, area):
+        return
+    boundaries = Boundaries(area)
+    actors = Actors(plan.cluster, Stage, run, plan.holding.placement, plan.cluster.cpus)
+    failures, window_count = 0, 0
+    try:
+        with _progress(run, area) as progress:
+            while missing := missing_units(run, area):
+                window = _next_window(plan, missing, boundaries)
+                try:
+                    _work(actors, plan, window, window_count, missing, progress, stop)
+                except (RayActorError, StoreError) as error:
+                    failures = failures + 1 if len(missing_units(run, area)) == len(missing) else 1
+                    if failures >= ATTEMPTS:
+                        raise PipelineError(
+                            f"{_describe(window)}: failed {failures} times in a row, last: {error}; what is committed "
+                            "is kept, the same command goes on from there"
+                        ) from error
+                    log.warning("%s: %s; starting its workers anew", _describe(window), error)
+                    if window and window.start and isinstance(error, StoreError):
+                        boundaries.discard(window.start)  # it may be what is damaged; an earlier one leads here too
+                    actors.start()
+                else:
+                    failures, window_count = 0, window_count + 1
+                    if window is not None and window.save is not None and window.start:
+                        boundaries.discard(window.start)
+    finally:
+        actors.stop()
+
+
+def missing_units(run: Run, area: RunArea) -> dict[str, int]:
+    """Unit without a valid record -> the generation its next record will have."""
+    valid = area.records()
+    generations = area.next_generations()
+    return {unit: generations.get(unit, 1) for unit in run.units if unit not in valid}
+
+
+def finish(run: Run, area: RunArea, export: str) -> None:
+    """Assemble the output from the records and write the views of it."""
+    config = run.config
+    weights = {linear.name for block in run.graph.blocks for linear in block.linears}
+    dtypes = {stored_dtype(run.checkpoint.tensors[f"{name}.weight"]) for name in weights}
+    output = Output(
+        block_count=len(run.graph.blocks),
+        bits=config.bits,
+        group_size=config.group_size,
+        dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
+        companions=run.checkpoint.companions(),
+        created_by=versions(),
+    )
+    assemble(area.store, area.records(), output, [export])
+    write_views(area)
+
+
+def _next_window(plan: Plan, missing: Mapping[str, int], boundaries: Boundaries) -> Window | None:
+    """The next window, or None where only the tensors outside the blocks are missing."""
+    pending = [int(unit) for unit in missing if unit != REST]
+    if not pending:
+        return None
+    if not plan.run.token_ids.shape[0]:  # nothing flows through the blocks, each can be solved at once
+        return next_window(pending, {*pending, 0}, plan.cluster.workers, plan.holding.blocks)
+    return next_window(pending, boundaries.available(), plan.cluster.workers, plan.holding.blocks)
+
+
+def _work(
+    actors: Actors,
+    plan: Plan,
+    window: Window | None,
+    number: int,
+    missing: Mapping[str, int],
+    progress: Progress,
+    stop: StopRequests,
+) -> None:
+    """One window: open the stages, pass the sequences through them, let each solve and commit its blocks."""
+    solving: list[Any] = []
+    if REST in missing:
+        solving.append(actors.handles[-1].store_rest.remote(missing[REST]))
+    if window is not None:
+        stages = actors.handles[: len(window.stages)]
+        plans = stage_plans(window, number, plan)
+        progress.tick(f"{_describe(window)} · reading weights")
+        _wait([stage.open.remote(part) for stage, part in zip(stages, plans, strict=True)], progress, stop)
+        _pass_sequences(stages, plan, window, progress, stop)
+        _wait([stage.end_forward.remote() for stage in stages], progress, stop)
+        for stage, part in zip(stages, plans, strict=True):
+            solving += [
+                stage.solve.remote(index, missing[unit_name(index)]) for index in part.blocks if index in part.collect
+            ]
+    progress.tick(f"{_describe(window)} · solving")
+    _wait(solving, progress, stop)
+
+
+def stage_plans(window: Window, number: int, plan: Plan) -> list[StagePlan]:
+    """What each stage is told of a window."""
+    last = len(window.stages) - 1
+    calibrates = plan.run.token_ids.shape[0] > 0
+    return [
+        StagePlan(
+            stage=index,
+            window=number,
+            blocks=blocks,
+            collect=window.collect & frozenset(blocks),
+            start=window.start if index == 0 and calibrates else None,
+            save=window.save if index == last and calibrates else None,
+            last=index == last,
+            planned_memory=plan.planned_memory(),
+        )
+        for index, blocks in enumerate(window.stages)
+    ]
+
+
+def _pass_sequences(stages: list[Any], plan: Plan, window: Window, progress: Progress, stop: StopRequests) -> None:
+    """Send every sequence through the chain of stages, with a bounded number of messages under way."""
+    run, passed = plan.run, 0
+    count, seq_len = run.token_ids.shape
+    sequence_bytes = seq_len * hidden_size(run.checkpoint) * run.dtype.itemsize
+    under_way: deque[tuple[Any, int]] = deque()
+    for batch in batches(count, len(stages), sequence_bytes):
+        message = None
+        for stage in stages:
+            message = stage.forward.remote(tuple(batch), message)
+        under_way.append((message, len(batch)))
+        while len(under_way) > (len(stages) + 1 if batch.stop < count else 0):
+            oldest, size = under_way.popleft()
+            _wait([oldest], progress, stop)
+            passed += size
+            progress.note = f"{_describe(window)} · calibrating {passed}/{count}"
+            progress.advance("passes", size * len(window.blocks))
+
+
+def _wait(references: list[Any], progress: Progress, stop: StopRequests) -> None:
+    """Wait until all are done, in whatever order; count what solved blocks report. Errors of workers come out here."""
+    left = list(references)
+    while left:
+        done, left = ray.wait(left, num_returns=1, timeout=POLL_SECONDS)
+        for reference in done:
+            try:
+                summary = ray.get(reference)
+            except RayTaskError as error:
+                if isinstance(error.cause, SrrError):
+                    raise error.cause from error
+                raise PipelineError(f"a worker failed: {error}") from error
+            if isinstance(summary, dict):
+                progress.advance("layers", summary["layers"])
+                log.debug("unit %s committed: %s", summary["unit"], summary["seconds"])
+        progress.tick()
+        stop.check()
+
+
+def _progress(run: Run, area: RunArea) -> Progress:
+    missing = missing_units(run, area)
+    pending = [block for block in run.graph.blocks if unit_name(block.index) in missing]
+    layers = sum(1 for block in pending for linear in block.linears if linear.name in run.quantized)
+    if len(missing) < len(run.units):
+        log.info("resuming: %d of %d units are committed", len(run.units) - len(missing), len(run.units))
+    return Progress("quantize", run.token_ids.shape[0] * len(pending), layers)
+
+
+def _describe(window: Window | None) -> str:
+    return "rest" if window is None else f"blocks {window.blocks[0]}–{window.blocks[-1]}"
+
+
+class StopRequests:
+    """Remembers that a stop was asked for, until the driver reaches a point where it can."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raise StoppedError if a stop was asked for."""
+        if self.requested:
+            raise StoppedError("stopped on request; run the same command again to go on")
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Turn SIGTERM into a stop at the next poll. Entered after ``ray.init``, which installs a handler of its own."""
+    stop = StopRequests()
+
+    def request(number: int, frame: object) -> None:
+        stop.requested = True
+
+    previous = signal.signal(signal.SIGTERM, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,222 @@
+"""Evaluation: the original and the quantized model side by side, block by block, through the same kind of stages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor, nn
+
+from srr_dist.checkpoint.decoder import Decoder
+from srr_dist.checkpoint.graph import build_graph
+from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
+from srr_dist.checkpoint.tokens import evaluation_tokens
+from srr_dist.config import JobConfig
+from srr_dist.errors import OutputError
+from srr_dist.export import QuantizedModel
+from srr_dist.export.base import bits_per_weight
+from srr_dist.pipeline import hidden_states
+from srr_dist.pipeline.cluster import Actors, Cluster, connected
+from srr_dist.pipeline.comparison import Comparison, compare
+from srr_dist.pipeline.host import worker_device
+from srr_dist.pipeline.memory import Workload, choose_holding
+from srr_dist.pipeline.plan import graph_needs, hidden_size
+from srr_dist.pipeline.prepare import forward_dtype
+from srr_dist.pipeline.progress import Progress
+from srr_dist.pipeline.run import dtype_name
+from srr_dist.pipeline.windows import all_windows, batches
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is compared, on which text."""
+
+    model: str
+    quantized: str
+    text: str
+    num_samples: int
+    seq_len: int
+    dtype: str = "auto"
+    revision: str | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """``y = x Qᵀ + b + (x Rᵀ) Lᵀ``: a linear layer and its adapter, unmerged, as PEFT runs them."""
+
+    def __init__(self, linear: nn.Linear, L: Tensor, R: Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.L, self.R = L.to(linear.weight), R.to(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., n]`` to ``[..., m]``."""
+        y: Tensor = self.linear(x) + (x @ self.R.mT) @ self.L.mT
+        return y
+
+
+class EvaluationStage:
+    """Holds consecutive blocks twice, original and quantized, and runs both on their own hidden states."""
+
+    def __init__(self, checkpoint: Checkpoint, quantized: QuantizedModel, dtype: torch.dtype, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.quantized, self.dtype = quantized, dtype
+        self.device = worker_device()
+        self.original = Decoder(checkpoint, dtype=dtype, device=self.device)
+        self.other = Decoder(checkpoint, dtype=dtype, device=self.device)
+        self.blocks: tuple[int, ...] = ()
+
+    def open(self, blocks: tuple[int, ...], *, first: bool) -> None:
+        """Replace the blocks held; the first stage of the first window embeds tokens as well."""
+        for index in self.blocks:
+            self.original.drop_block(index)
+            self.other.drop_block(index)
+        self.original.drop_rest()
+        self.blocks = blocks
+        for index in blocks:
+            self.original.load_block(index)
+            self._load_quantized(index)
+        if first:
+            self.original.load_embedding()
+
+    def embed(self, ids: Any) -> hidden_states.Payload:
+        """Hidden states of token ids ``[B, T]``, for the original and the quantized model: ``[2 B, T, d]``."""
+        hidden = [self.original.embed(row.unsqueeze(0)) for row in torch.from_numpy(ids)]
+        return hidden_states.pack([*hidden, *hidden])
+
+    def forward(self, payload: hidden_states.Payload) -> hidden_states.Payload:
+        """Both halves of ``[2 B, T, d]`` through this stage's blocks."""
+        sequences = hidden_states.unpack(payload, self.dtype)
+        half = len(sequences) // 2
+        out = [
+            self._through(decoder, hidden)
+            for decoder, part in ((self.original, sequences[:half]), (self.other, sequences[half:]))
+            for hidden in part
+        ]
+        return hidden_states.pack(out)
+
+    def open_head(self) -> None:
+        """Keep only what turns hidden states into logits."""
+        self.open((), first=False)
+        self.original.load_head()
+
+    def score(self, payload: hidden_states.Payload, ids: Any) -> Comparison:
+        """Compare the two models' predictions of token ids ``[B, T]`` from their last hidden states ``[2 B, T, d]``."""
+        sequences = hidden_states.unpack(payload, self.dtype)
+        half = len(sequences) // 2
+        total = Comparison()
+        for row, original, quantized in zip(torch.from_numpy(ids), sequences[:half], sequences[half:], strict=True):
+            logits = [self.original.logits(hidden.to(self.device))[0] for hidden in (original, quantized)]
+            total += compare(logits[0], logits[1], row.to(self.device))
+        return total
+
+    def _load_quantized(self, index: int) -> None:
+        tensors, adapters = self.quantized.block(index)
+        block = self.other.load_block(index, tensors)
+        for name, linear in self.other.linear_modules(index).items():
+            if name in adapters:
+                _replace(block, linear, AdaptedLinear(linear, *adapters[name]))
+
+    def _through(self, decoder: Decoder, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.device)
+        for index in self.blocks:
+            hidden = decoder.run_block(index, hidden)
+        return hidden
+
+
+def evaluate(config: EvaluationConfig, job: JobConfig) -> dict[str, Any]:
+    """Perplexity of both models, and how far the quantized one's predictions are from the original's.
+
+    Returns:
+        The figures of ``Comparison.figures``, ``bits_per_weight`` over the quantized weights (codes, scales and
+        adapters), and what was read: text, its hash, num_samples, seq_len.
+
+    Raises:
+        OutputError: the quantized model is unfinished or made from a model of another shape.
+        SrrError: the model or the text cannot be read.
+    """
+    quantized = QuantizedModel.open(config.quantized)
+    checkpoint = open_checkpoint(config.model, revision=config.revision)
+    graph = build_graph(checkpoint)
+    if quantized.block_count != len(graph.blocks):
+        raise OutputError(
+            f"{config.quantized}: {quantized.block_count} decoder blocks, but {config.model} has {len(graph.blocks)}; "
+            "name the model it was made from"
+        )
+    tokens = evaluation_tokens(
+        config.text,
+        checkpoint.tokenizer(),
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        vocab_size=checkpoint.config.get_text_config().vocab_size,
+    )
+    with connected(job) as cluster:
+        dtype = forward_dtype(config.dtype, checkpoint, on_gpu=bool(cluster.gpus))
+        work = Workload(
+            config.seq_len, hidden_size(checkpoint), dtype.itemsize, "identity", frozenset(), bool(cluster.gpus), 2
+        )
+        needs = graph_needs(checkpoint, graph, work, dtype_name(dtype))
+        holding = choose_holding(graph.blocks, needs, work, cluster.budget, job.blocks_per_stage)
+        actors = Actors(cluster, EvaluationStage, checkpoint, quantized, dtype, cluster.cpus)
+        try:
+            total = _stream(
+                actors.handles, cluster, len(graph.blocks), holding.blocks, tokens.ids.numpy(), checkpoint, dtype
+            )
+        finally:
+            actors.stop()
+    read = {
+        "text": config.text,
+        "text_sha256": tokens.sha256,
+        "num_samples": config.num_samples,
+        "seq_len": config.seq_len,
+    }
+    return total.figures() | {"bits_per_weight": bits_per_weight(quantized.manifest.layers.values())} | read
+
+
+def _stream(
+    stages: Sequence[Any],
+    cluster: Cluster,
+    blocks: int,
+    per_stage: int,
+    ids: Any,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+) -> Comparison:
+    """Window by window; between windows the hidden states wait in Ray's object store, which spills to disk."""
+    row_bytes = 2 * ids.shape[1] * hidden_size(checkpoint) * dtype.itemsize
+    parts = [ids[list(batch)] for batch in batches(len(ids), len(stages), row_bytes)]
+    messages: list[Any] = []
+    windows = all_windows(blocks, len(stages), per_stage)
+    with Progress("evaluate", blocks * len(ids), 0) as progress:
+        for number, window in enumerate(windows):
+            active = stages[: len(window.stages)]
+            opening = [
+                stage.open.remote(part, first=number == 0 and index == 0)
+                for index, (stage, part) in enumerate(zip(active, window.stages, strict=True))
+            ]
+            ray.get(opening)
+            progress.note = f"blocks {window.blocks[0]}–{window.blocks[-1]}"
+            if number == 0:
+                messages = [active[0].embed.remote(part) for part in parts]
+            for position in range(len(parts)):
+                for stage in active:
+                    messages[position] = stage.forward.remote(messages[position])
+            for message, part in zip(messages, parts, strict=True):
+                ray.wait([message], fetch_local=False)
+                progress.advance("passes", len(part) * len(window.blocks))
+        ray.get(stages[0].open_head.remote())
+        scores = [stages[0].score.remote(message, part) for message, part in zip(messages, parts, strict=True)]
+        return sum(ray.get(scores), Comparison())
+
+
+def _replace(block: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for module in list(block.modules()):
+        for name, child in list(module.named_children()):
+            if child is old and module is not new:
+                setattr(module, name, new)

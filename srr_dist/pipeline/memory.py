@@ -1,0 +1,132 @@
+"""What a block needs in memory, and how many blocks a stage may hold: pure arithmetic, no device is touched.
+
+A stage keeps, for every block it holds, the weights in the type of the forward pass (and, where that is another type
+or another device, the source's own, from which the solver works), and one moment per shared input. While it runs a
+sequence it needs that block's activations; while it solves a layer, a handful of matrices of the layer's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srr_dist.calibration import moment_bytes
+from srr_dist.checkpoint.graph import Block
+from srr_dist.errors import ConfigError
+
+PROCESS_BYTES = 700 * 2**20
+"""Host memory of a worker that has imported torch and transformers and holds nothing yet (measured: 520 to 640 MiB)."""
+
+PLACEMENTS = ("device", "host", "disk")
+"""Where moments may live, fastest first: beside the weights, in host memory, mapped from a local disk."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run asks of each block."""
+
+    seq_len: int
+    hidden_size: int
+    compute_bytes: int
+    """Bytes of a value in the forward pass."""
+    scaling: str
+    quantized: frozenset[str]
+    """Full names of the layers to solve."""
+    on_gpu: bool
+    copies: int = 1
+    """Versions of each block held side by side: two while an original and a quantized model are compared."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes a block needs: kept as long as the stage holds it, and in passing."""
+
+    weights: int
+    source: int
+    """Host copy of the source's own tensors, 0 where the forward pass uses the very same."""
+    moments: int
+    forward: int
+    solve: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes one worker may use; ``gpu`` is None on a CPU."""
+
+    host: int
+    gpu: int | None
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How a stage holds blocks: at most this many, with moments placed there; bytes it is expected to peak at."""
+
+    blocks: int
+    placement: str
+    host_bytes: int
+    gpu_bytes: int
+
+
+def block_need(block: Block, source: int, work: Workload) -> Need:
+    """The memory of one block under a workload; ``source`` as in Need."""
+    weights = work.copies * parameters(block) * work.compute_bytes
+    layers = [linear for linear in block.linears if linear.name in work.quantized]
+    inputs = {linear.input: linear.in_features for linear in layers}
+    moments = sum(moment_bytes(features, work.scaling) for features in inputs.values())
+    outputs = sum(linear.out_features for linear in block.linears) + 8 * work.hidden_size
+    forward = work.seq_len * (outputs * work.compute_bytes + 4 * max(inputs.values(), default=0))
+    solve = max((_solve_bytes(linear.out_features, linear.in_features, work) for linear in layers), default=0)
+    return Need(weights, source, moments, forward, solve)
+
+
+def choose_holding(
+    blocks: Sequence[Block], needs: Sequence[Need], work: Workload, budget: Budget, most: int
+) -> Holding:
+    """The fastest placement, and with it the most blocks (at most ``most``), that the budget allows.
+
+    Raises:
+        ConfigError: not even one block fits; the message names the block, what it needs and what there is.
+    """
+    placements = PLACEMENTS if work.on_gpu else PLACEMENTS[1:]
+    for placement in placements:
+        for count in range(min(most, len(blocks)), 0, -1):
+            host, gpu = _peak(needs, count, placement, work.on_gpu)
+            if host <= budget.host and gpu <= (budget.gpu or 0):
+                return Holding(count, placement, host, gpu)
+    host, gpu = _peak(needs, 1, placements[-1], work.on_gpu)
+    name, needed, allowed = "host_memory", host, budget.host
+    if budget.gpu is not None and gpu > budget.gpu:
+        name, needed, allowed = "gpu_memory", gpu, budget.gpu
+    largest = max(zip(needs, blocks, strict=True), key=lambda pair: pair[0].weights + pair[0].solve)[1]
+    raise ConfigError(
+        f"{name}: one block at a time ({largest.name}, sequences of {work.seq_len} tokens) needs {gib(needed)}, "
+        f"allowed are {gib(allowed)}; allow more, use fewer --workers on a host, or a shorter --seq-len"
+    )
+
+
+def parameters(block: Block) -> int:
+    """Weights of a block's linear layers."""
+    return sum(linear.out_features * linear.in_features for linear in block.linears)
+
+
+def gib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _peak(needs: Sequence[Need], count: int, placement: str, on_gpu: bool) -> tuple[int, int]:
+    """Host and GPU bytes at the peak of a stage that holds ``count`` of the largest blocks."""
+    largest = sorted(needs, key=lambda need: need.weights + need.source + need.moments, reverse=True)[:count]
+    weights = sum(need.weights for need in largest)
+    moments = sum(need.moments for need in largest)
+    passing = max(max(need.forward, need.solve) for need in needs)
+    host = PROCESS_BYTES + sum(need.source for need in largest) + (moments if placement == "host" else 0)
+    if on_gpu:
+        return host, weights + passing + (moments if placement == "device" else 0)
+    return host + weights + passing, 0
+
+
+def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:
+    """Matrices alive while a layer is solved: W, residual, Q, E, E H and one more, codes; H in float32 and float64."""
+    metric = in_features * (in_features if work.scaling == "exact" else 1)
+    return out_features * in_features * (6 * 4 + 2) + metric * 12

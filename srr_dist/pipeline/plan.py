@@ -1,0 +1,119 @@
+"""The plan of a run: windows, memory, bytes; what ``--dry-run`` and ``plan`` print and the stages are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srr_dist.checkpoint.graph import BlockGraph
+from srr_dist.checkpoint.source import Checkpoint
+from srr_dist.pipeline.cluster import Cluster
+from srr_dist.pipeline.memory import Budget, Holding, Need, Workload, block_need, choose_holding, gib
+from srr_dist.pipeline.run import Run, dtype_name
+from srr_dist.pipeline.windows import Window, all_windows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is cut into windows and what it is expected to need."""
+
+    run: Run
+    cluster: Cluster
+    needs: tuple[Need, ...]
+    holding: Holding
+    windows: tuple[Window, ...]
+    """Of an undisturbed run from the first block."""
+
+    def planned_memory(self) -> dict[str, int]:
+        """Bytes a stage is expected to peak at."""
+        return {"host": self.holding.host_bytes} | ({"gpu": self.holding.gpu_bytes} if self.cluster.gpus else {})
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes read from the source and the store, and written to the store, by an undisturbed run."""
+        boundaries = (len(self.windows) - 1) * self.run.token_ids.size * hidden_size(self.run.checkpoint)
+        boundaries *= self.run.dtype.itemsize
+        return {
+            "source read": self.run.checkpoint.total_bytes,
+            "boundaries written and read": boundaries,
+            "result written": output_bytes(self.run),
+        }
+
+    def describe(self) -> str:
+        """The plan for a person."""
+        run, holding = self.run, self.holding
+        config, samples = run.config, run.token_ids.shape
+        lines = [
+            f"model          {run.checkpoint.model}",
+            f"fingerprint    {run.fingerprint}",
+            f"blocks         {len(run.graph.blocks)}, with {len(run.quantized)} linear layers to quantize"
+            + (f" and {len(run.unquantized)} left as they are" if run.unquantized else ""),
+            f"method         {config.method}, {config.grid} {config.bits} bits, group {config.group_size}, "
+            f"rank {config.rank}, split {config.split}, {config.form} form, {config.scaling} scaling",
+            f"calibration    {samples[0]} sequences of {samples[1]} tokens, forward passes in {dtype_name(run.dtype)}",
+            f"workers        {self.cluster.workers} × ({self.cluster.cpus} CPU, {self.cluster.gpus} GPU)",
+            f"windows        {len(self.windows)}, up to {holding.blocks} blocks per stage, "
+            f"moments on {holding.placement}",
+        ]
+        lines += [
+            f"memory         {place} per worker: {gib(count)} planned, {gib(allowed)} allowed"
+            for place, count, allowed in _places(self.planned_memory(), self.cluster.budget)
+        ]
+        lines += [f"{name:<30} {gib(count)}" for name, count in self.traffic().items()]
+        lines += [f"window {i:<3} {describe_window(window)}" for i, window in enumerate(self.windows)]
+        return "\n".join(lines)
+
+
+def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
+    """Fit the run into the workers' memory.
+
+    Raises:
+        ConfigError: one block alone does not fit.
+    """
+    work = Workload(
+        seq_len=run.token_ids.shape[1],
+        hidden_size=hidden_size(run.checkpoint),
+        compute_bytes=run.dtype.itemsize,
+        scaling=run.config.scaling,
+        quantized=run.quantized,
+        on_gpu=bool(cluster.gpus),
+    )
+    needs = graph_needs(run.checkpoint, run.graph, work, dtype_name(run.dtype))
+    per_stage = min(blocks_per_stage, -(-len(needs) // cluster.workers))
+    holding = choose_holding(run.graph.blocks, needs, work, cluster.budget, per_stage)
+    windows = all_windows(len(run.graph.blocks), cluster.workers, holding.blocks)
+    return Plan(run, cluster, needs, holding, tuple(windows))
+
+
+def graph_needs(checkpoint: Checkpoint, graph: BlockGraph, work: Workload, dtype: str) -> tuple[Need, ...]:
+    """Each block's memory. The source's own tensors are kept beside the weights unless they are the same memory."""
+    same = {"float32": ("F32", "GGUF"), "bfloat16": ("BF16",)}[dtype]
+    needs = []
+    for block in graph.blocks:
+        entries = [checkpoint.tensors[name] for name in block.tensors]
+        kept = sum(entry.nbytes for entry in entries if work.on_gpu or not entry.dtype.startswith(same))
+        needs.append(block_need(block, kept, work))
+    return tuple(needs)
+
+
+def hidden_size(checkpoint: Checkpoint) -> int:
+    """Width d of the hidden states."""
+    return int(checkpoint.config.get_text_config().hidden_size)
+
+
+def output_bytes(run: Run) -> int:
+    """Bytes of the packed layers and their adapters; what else a block holds is small."""
+    rank = 0 if run.config.method == "none" else run.config.rank
+    total = 0.0
+    for linear in (linear for block in run.graph.blocks for linear in block.linears if linear.name in run.quantized):
+        m, n = linear.out_features, linear.in_features
+        total += m * n * run.grid.bits_per_weight(n) / 8 + 2 * min(rank, m, n) * (m + n)
+    return int(total) + sum(run.checkpoint.tensors[name].nbytes for name in run.graph.rest)
+
+
+def describe_window(window: Window) -> str:
+    """The blocks of each stage."""
+    return " | ".join(f"blocks {stage[0]}–{stage[-1]}" for stage in window.stages)
+
+
+def _places(planned: dict[str, int], budget: Budget) -> Sequence[tuple[str, int, int]]:
+    return [(place, count, budget.host if place == "host" else budget.gpu or 0) for place, count in planned.items()]

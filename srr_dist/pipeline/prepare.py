@@ -1,0 +1,61 @@
+"""Before anything expensive starts: open the checkpoint, choose the layers, read the tokens, fix the fingerprint."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from srr_dist.checkpoint.graph import build_graph
+from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
+from srr_dist.checkpoint.tokens import calibration_tokens
+from srr_dist.config import QuantizeConfig
+from srr_dist.errors import CalibrationError
+from srr_dist.pipeline.run import Run, leave_unquantized
+from srr_dist.solve import make_grid
+
+
+def prepare(config: QuantizeConfig, output: str, *, on_gpu: bool) -> Run:
+    """Everything that is decided before the first weight is read.
+
+    Raises:
+        CheckpointError, CalibrationError, ConfigError: what is wrong with the model, the text or the options.
+    """
+    grid = make_grid(config.grid, config.bits, config.group_size)
+    checkpoint = open_checkpoint(config.model, revision=config.revision)
+    graph = build_graph(checkpoint)
+    unquantized = leave_unquantized(graph, config, grid)
+    ids, tokens_sha256 = _tokens(config, checkpoint)
+    dtype = forward_dtype(config.dtype, checkpoint, on_gpu=on_gpu)
+    fingerprint = config.fingerprint(
+        source=checkpoint.identity, tokens=tokens_sha256, dtype=str(dtype).removeprefix("torch.")
+    )
+    return Run(checkpoint, graph, config, dtype, fingerprint, output, unquantized, ids, tokens_sha256)
+
+
+def forward_dtype(name: str, checkpoint: Checkpoint, *, on_gpu: bool) -> torch.dtype:
+    """The type of the forward passes: as told, else float32 on a CPU, on a GPU bfloat16 unless the source is wider."""
+    if name != "auto":
+        return torch.float32 if name == "float32" else torch.bfloat16
+    stored = {entry.dtype for entry in checkpoint.tensors.values()}
+    return torch.bfloat16 if on_gpu and stored & {"BF16", "F16"} else torch.float32
+
+
+def _tokens(
+    config: QuantizeConfig, checkpoint: Checkpoint
+) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.int64]], str]:
+    if not config.calibration:
+        return np.zeros((0, config.seq_len), dtype=np.int64), ""
+    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.seq_len > limit:
+        raise CalibrationError(
+            f"seq_len: {config.seq_len} tokens, but the model has {limit} positions; use a shorter --seq-len"
+        )
+    tokens = calibration_tokens(
+        config.calibration,
+        checkpoint.tokenizer(),
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        vocab_size=checkpoint.config.get_text_config().vocab_size,
+    )
+    return tokens.ids.numpy(), tokens.sha256

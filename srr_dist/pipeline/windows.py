@@ -1,0 +1,72 @@
+"""Which blocks are worked on next, and by which stage: pure functions of what is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive blocks that the stages hold at once.
+
+    Attributes:
+        start: first block; the sequences enter from the boundary in front of it.
+        stages: per stage its consecutive blocks; together ``start, start + 1, …``.
+        collect: blocks that are calibrated and solved; the others are committed already and only passed through.
+        save: block before which the outgoing hidden states are stored, None where no later block needs them.
+    """
+
+    start: int
+    stages: tuple[tuple[int, ...], ...]
+    collect: frozenset[int]
+    save: int | None
+
+    @property
+    def blocks(self) -> list[int]:
+        """Every block of the window, in order."""
+        return [block for stage in self.stages for block in stage]
+
+
+def next_window(pending: Collection[int], boundaries: Collection[int], stages: int, blocks_per_stage: int) -> Window:
+    """The window that works on the first pending block.
+
+    Args:
+        pending: blocks without a result; not empty.
+        boundaries: blocks in front of which activations are stored; holds 0.
+        stages: workers at hand.
+        blocks_per_stage: blocks each may hold.
+    """
+    first, last = min(pending), max(pending)
+    start = max(boundary for boundary in boundaries if boundary <= first)
+    stop = min(start + stages * blocks_per_stage, last + 1)
+    parts = even_parts(range(start, stop), stages)
+    return Window(start, parts, frozenset(pending) & frozenset(range(start, stop)), stop if stop <= last else None)
+
+
+def all_windows(count: int, stages: int, blocks_per_stage: int) -> list[Window]:
+    """The windows of an undisturbed run over ``count`` blocks."""
+    windows: list[Window] = []
+    while (start := sum(len(window.blocks) for window in windows)) < count:
+        windows.append(next_window(range(start, count), (start,), stages, blocks_per_stage))
+    return windows
+
+
+def even_parts(blocks: range, parts: int) -> tuple[tuple[int, ...], ...]:
+    """At most ``parts`` consecutive, non-empty parts whose lengths differ by one at most, longer ones last.
+
+    The first stage embeds or reads, so that the shorter share suits it.
+    """
+    parts = min(parts, len(blocks))
+    bounds = [len(blocks) * part // parts for part in range(parts + 1)]
+    return tuple(tuple(blocks[low:high]) for low, high in pairwise(bounds))
+
+
+def batches(sequences: int, stages: int, bytes_per_sequence: int, most_bytes: int = 64 * 2**20) -> list[range]:
+    """Sequences per message: enough messages to keep every stage busy, none larger than ``most_bytes``.
+
+    How sequences are grouped changes no result, each is computed on its own.
+    """
+    size = max(1, min(sequences // (4 * stages), most_bytes // bytes_per_sequence))
+    return [range(start, min(start + size, sequences)) for start in range(0, sequences, size)]
