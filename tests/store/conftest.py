@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
+from werkzeug.wrappers import Response
+from werkzeug.wsgi import get_input_stream
 
 from srr_dist.store import ObjectStore
 
@@ -47,9 +49,11 @@ class S3Server:
         environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return answer
 
-    def refuse(self, status: str, code: str, start: Any) -> Answer:
-        start(status, [("Content-Type", "application/xml")])
-        return [f"<Error><Code>{code}</Code><Message>refused by the test</Message></Error>".encode()]
+    def refuse(self, status: str, code: str, environ: dict[str, Any], start: Any) -> Answer:
+        """Answer with an S3 error, in well-formed HTTP: the request is read, and a HEAD gets no body."""
+        get_input_stream(environ).read()
+        document = f"<Error><Code>{code}</Code><Message>refused by the test</Message></Error>"
+        return Response(document, status, content_type="application/xml")(environ, start)
 
     def stop(self) -> None:
         self._moto.stop()

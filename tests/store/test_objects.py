@@ -301,7 +301,7 @@ def test_s3_create_told_to_try_again_does(s3, s3_store):
             return s3.serve(environ, start)
         puts.append(environ["PATH_INFO"])
         if len(puts) == 1:
-            return s3.refuse("409 Conflict", "ConditionalRequestConflict", start)
+            return s3.refuse("409 Conflict", "ConditionalRequestConflict", environ, start)
         return s3.serve(environ, start)
 
     s3.handler = conflict_first
@@ -311,7 +311,7 @@ def test_s3_create_told_to_try_again_does(s3, s3_store):
 
 
 def test_s3_refusal_names_the_object_and_is_no_conflict(s3, s3_store):
-    s3.handler = lambda environ, start: s3.refuse("403 Forbidden", "AccessDenied", start)
+    s3.handler = lambda environ, start: s3.refuse("403 Forbidden", "AccessDenied", environ, start)
     with pytest.raises(StoreError, match="record cannot be created: PermissionError"):
         s3_store.create("record", b"x")
     with pytest.raises(StoreError, match="record cannot be read: PermissionError"):
