@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +17,7 @@ from transformers import (
     Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     OPTConfig,
     Phi3Config,
@@ -80,6 +84,81 @@ def build(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def build_gguf(path: Path, *, architecture: str = "llama", truncate: int = 0) -> Path:
+    """Write a random Llama with several GGML types, laid out as llama.cpp's converter does, and return ``path``.
+
+    ``truncate`` bytes are cut off its end.
+    """
+    config = LlamaConfig(**{**_SIZES, "vocab_size": len(tokenizer())})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = LlamaForCausalLM(config).state_dict()
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    _add_gguf_tokenizer(writer)
+    for name, tensor in state.items():
+        gguf_name, kind = _gguf_tensor(name)
+        values = tensor.numpy()
+        if ".q_proj." in name or ".k_proj." in name:  # llama.cpp interleaves each head's rotary halves
+            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(gguf_name, quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - truncate)
+    return path
+
+
+_GGUF_NAMES: dict[str, tuple[str, GGMLQuantizationType]] = {
+    "model.embed_tokens": ("token_embd", GGMLQuantizationType.Q8_0),
+    "model.norm": ("output_norm", GGMLQuantizationType.F32),
+    "lm_head": ("output", GGMLQuantizationType.BF16),
+    "self_attn.q_proj": ("attn_q", GGMLQuantizationType.Q8_0),
+    "self_attn.k_proj": ("attn_k", GGMLQuantizationType.Q4_0),
+    "self_attn.v_proj": ("attn_v", GGMLQuantizationType.F16),
+    "self_attn.o_proj": ("attn_output", GGMLQuantizationType.Q5_0),
+    "mlp.gate_proj": ("ffn_gate", GGMLQuantizationType.Q4_1),
+    "mlp.up_proj": ("ffn_up", GGMLQuantizationType.Q5_1),
+    "mlp.down_proj": ("ffn_down", GGMLQuantizationType.Q4_1),
+    "input_layernorm": ("attn_norm", GGMLQuantizationType.F32),
+    "post_attention_layernorm": ("ffn_norm", GGMLQuantizationType.F32),
+}
+
+
+def _gguf_tensor(name: str) -> tuple[str, GGMLQuantizationType]:
+    module = name.removesuffix(".weight")
+    if not module.startswith("model.layers."):
+        gguf_name, kind = _GGUF_NAMES[module]
+        return f"{gguf_name}.weight", kind
+    _, _, index, leaf = module.split(".", 3)
+    gguf_name, kind = _GGUF_NAMES[leaf]
+    return f"blk.{index}.{gguf_name}.weight", kind
+
+
+def _add_gguf_tokenizer(writer: GGUFWriter) -> None:
+    bpe = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in (BOS, EOS, PAD) else TokenType.NORMAL for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
 
 
 @cache

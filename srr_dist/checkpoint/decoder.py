@@ -43,7 +43,7 @@ class Decoder:
         self._empty_blocks = decoder_blocks(self._model)
         self._block_names = tuple(self._empty_blocks)
         self._loaded_blocks: dict[int, nn.Module] = {}
-        self._loaded_rest: dict[str, torch.Tensor] = {}
+        self._loaded_rest: dict[str, str] = {}  # state-dict name -> stored name
         self._recorded: tuple[torch.Size, tuple[Call, ...]] | None = None
         for module in self._model.modules():
             module._buffers.update({n: b.to(self.device) for n, b in module._buffers.items() if b is not None})
@@ -136,20 +136,30 @@ class Decoder:
         return list(self._empty_blocks.values())
 
     def _load_rest(self, names: Iterable[str]) -> None:
-        sources = {name: name if name in self._checkpoint.tensors else self._tied[name] for name in names}
-        wanted = sorted(set(sources.values()) - self._loaded_rest.keys())
-        self._loaded_rest |= {n: t.to(self.device) for n, t in self._checkpoint.read(wanted).items()}
-        for name, source in sources.items():
-            set_tensor(self._model, name, self._loaded_rest[source], self.device)
+        new = {name: self._source(name) for name in names if name not in self._loaded_rest}
+        holders = {source: name for name, source in self._loaded_rest.items()}
+        tensors = self._checkpoint.read(sorted(set(new.values()) - holders.keys()))
+        for name, source in new.items():  # a tied head shares the memory of a loaded embedding, and vice versa
+            value = self._model.get_parameter(holders[source]) if source in holders else tensors[source]
+            set_tensor(self._model, name, value, self.device)
+        self._loaded_rest |= new
+
+    def _source(self, name: str) -> str:
+        """The stored name of a tensor outside the blocks."""
+        return name if name in self._checkpoint.tensors else self._tied[name]
 
     def _require_loaded(self, names: Iterable[str], loader: str) -> None:
         for name in names:
-            if self._tied.get(name, name) not in self._loaded_rest and name not in self._loaded_rest:
+            if name not in self._loaded_rest:
                 raise LookupError(f"tensor {name} is not loaded; call {loader}() first")
 
     @torch.no_grad()
     def _observe_surroundings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """State-dict names of the modules called before the first block, and of those called after it."""
+        """State-dict names of the modules called before the first block, and of those called after the last.
+
+        Raises:
+            CheckpointError: neither the embedding nor the head is called as a module, so nothing tells what to load.
+        """
         before: list[str] = []
         after: list[str] = []
         current = before
@@ -170,4 +180,6 @@ class Decoder:
         finally:
             for handle in handles:
                 handle.remove()
+        if not before or not after:
+            raise CheckpointError(f"{type(self._model).__name__}: its embedding or head could not be found")
         return tuple(before), tuple(after)

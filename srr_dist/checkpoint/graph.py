@@ -6,11 +6,12 @@ layers share an input exactly when they are called with the same view of the sam
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from srr_dist.checkpoint.recording import Call, record_calls
 from srr_dist.checkpoint.skeleton import build_skeleton, decoder_blocks, hollow_out, names_outside
@@ -61,12 +62,19 @@ def build_graph(checkpoint: Checkpoint) -> BlockGraph:
     """The graph of ``checkpoint``; reads no weights.
 
     Raises:
-        CheckpointError: a block has no linear layers, or one that its forward pass does not reach.
+        CheckpointError: a block has no linear layers, one that its forward pass does not reach, or inputs beside its
+            hidden states that depend on the tokens, so that it cannot be run alone.
     """
     model = build_skeleton(checkpoint.config, torch.float32)
     modules = decoder_blocks(model)
-    hollow_out(model, names_outside(model.state_dict(), modules), torch.device("cpu"))
-    hidden_states, calls = record_calls(model, list(modules.values()), torch.zeros(_TOKENS, dtype=torch.int64))
+    hidden_states, calls = _record(model, modules, fill=0.0)
+    _, calls_of_other_states = _record(model, modules, fill=1.0)
+    for name, call, other in zip(modules, calls, calls_of_other_states, strict=True):
+        if not call.equals(other):
+            raise CheckpointError(
+                f"block {name}: is passed more that depends on the tokens than its hidden states; "
+                "this architecture is not supported"
+            )
     blocks = []
     for index, (name, module) in enumerate(modules.items()):
         tensors = tuple(tensor for tensor in checkpoint.tensors if tensor.startswith(f"{name}."))
@@ -75,6 +83,13 @@ def build_graph(checkpoint: Checkpoint) -> BlockGraph:
         blocks.append(Block(index, name, tensors, linears, nbytes))
     in_blocks = {tensor for block in blocks for tensor in block.tensors}
     return BlockGraph(tuple(blocks), tuple(name for name in checkpoint.tensors if name not in in_blocks))
+
+
+def _record(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], fill: float
+) -> tuple[torch.Tensor, tuple[Call, ...]]:
+    hollow_out(model, names_outside(model.state_dict(), modules), torch.device("cpu"), fill)
+    return record_calls(model, list(modules.values()), torch.zeros(_TOKENS, dtype=torch.int64))
 
 
 def _observe_linears(block: str, module: nn.Module, call: Call, hidden_states: torch.Tensor) -> tuple[Linear, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,6 +41,7 @@ def resolve(model: str, revision: str | None) -> str:
         CheckpointError: neither a URL nor an existing path nor a hub id, an unknown hub id or revision, or a
             ``revision`` given for something that has none.
     """
+    model = model.removeprefix("file://")
     is_url = "://" in model
     if not is_url and not Path(model).exists() and _HUB_ID.fullmatch(model):
         return f"hf://{model}@{_hub_commit(model, revision)}"
@@ -60,6 +62,11 @@ def _hub_commit(repository: str, revision: str | None) -> str:
             f"{repository} (revision {revision or 'main'}): not a local path, and the hub answered: {error}; "
             "check the spelling, the network and, for gated models, that HF_TOKEN is set"
         ) from error
+
+
+def is_local(url: str) -> bool:
+    """Whether ``url`` is a plain path of this machine."""
+    return "://" not in url
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -113,21 +120,31 @@ def fetch(url: str, ranges: Sequence[ByteRange]) -> list[bytearray]:
     filesystem, root = open_filesystem(url)
     buffers = [bytearray(wanted.stop - wanted.start) for wanted in ranges]
     requests = _requests(ranges)
-    while wave := list(islice(requests, _REQUESTS_IN_FLIGHT)):
-        paths = [f"{root}/{request.file}" if request.file else root for request, _ in wave]
-        try:
-            parts = filesystem.cat_ranges(paths, [r.start for r, _ in wave], [r.stop for r, _ in wave])
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{url}: {error} is gone; the source must stay in place during a run") from error
-        for (request, served), part in zip(wave, parts, strict=True):
-            if len(part) != request.stop - request.start:
-                raise CheckpointError(
-                    f"{url}/{request.file}: expected {request.stop - request.start} bytes at offset {request.start}, "
-                    f"found {len(part)}; the file is truncated or changed while it was read"
-                )
-            for index in served:
-                _copy_overlap(request, part, ranges[index], buffers[index])
+
+    def get(request: ByteRange) -> bytes:
+        path = f"{root}/{request.file}" if request.file else root
+        return bytes(filesystem.cat_file(path, start=request.start, end=request.stop))
+
+    # Threads and not cat_ranges, which the hub's filesystem, for one, would serve one after the other.
+    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+        while wave := list(islice(requests, _REQUESTS_IN_FLIGHT)):
+            try:
+                parts = list(pool.map(get, [request for request, _ in wave]))
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{url}: a file is gone ({error}); it must stay in place during a run") from error
+            for (request, served), part in zip(wave, parts, strict=True):
+                _check_length(url, request, part)
+                for index in served:
+                    _copy_overlap(request, part, ranges[index], buffers[index])
     return buffers
+
+
+def _check_length(url: str, request: ByteRange, part: bytes) -> None:
+    if len(part) != request.stop - request.start:
+        raise CheckpointError(
+            f"{url}/{request.file}: expected {request.stop - request.start} bytes at offset {request.start}, "
+            f"found {len(part)}; the file is truncated or changed while it was read"
+        )
 
 
 def _requests(ranges: Sequence[ByteRange]) -> Iterator[tuple[ByteRange, list[int]]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 
@@ -34,6 +34,14 @@ class Call:
         """The same call with its tensors on ``device``."""
         args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs))
         return Call(args, kwargs)
+
+    def equals(self, other: Call) -> bool:
+        """Whether both calls pass the same values."""
+        mine, theirs = tree_flatten((self.args, self.kwargs)), tree_flatten((other.args, other.kwargs))
+        return mine[1] == theirs[1] and all(
+            torch.equal(a, b) if isinstance(a, torch.Tensor) else a is b or a == b
+            for a, b in zip(mine[0], theirs[0], strict=True)
+        )
 
 
 class _AllRecorded(BaseException):

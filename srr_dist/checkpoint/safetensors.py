@@ -171,4 +171,5 @@ def _entry(file: str, data_start: int, name: str, description: Any) -> TensorEnt
         raise CheckpointError(
             f"{file}: tensor {name} has bytes {start} to {stop}, expected {expected} bytes for {dtype} {shape}"
         )
-    return TensorEntry(name, file, data_start + start, data_start + stop, tuple(shape), dtype, stored_name=name)
+    extents = tuple(shape)
+    return TensorEntry(name, file, data_start + start, data_start + stop, extents, dtype, name, extents)

@@ -92,7 +92,8 @@ def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     Raises:
         CheckpointError: the decoder has no list of as many modules as its configuration has layers.
     """
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    untyped: Any = model
+    decoder: nn.Module = untyped.get_decoder()
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
     lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
     if len(lists) != 1:
@@ -110,16 +111,16 @@ def names_outside(names: Iterable[str], blocks: Iterable[str]) -> tuple[str, ...
     return tuple(name for name in names if not name.startswith(prefixes))
 
 
-def hollow_out(model: PreTrainedModel, names: Iterable[str], device: torch.device) -> None:
-    """Make the named parameters zeros of their shape and dtype that occupy one element each.
+def hollow_out(model: PreTrainedModel, names: Iterable[str], device: torch.device, fill: float = 0.0) -> None:
+    """Make the named parameters constants of their shape and dtype that occupy one element each.
 
     With everything around its blocks hollow a model runs and builds masks and rotary embeddings, at no memory.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
         if name in parameters:
-            zero = torch.zeros((), dtype=parameters[name].dtype, device=device)
-            set_tensor(model, name, zero.expand(parameters[name].shape), device)
+            constant = torch.full((), fill, dtype=parameters[name].dtype, device=device)
+            set_tensor(model, name, constant.expand(parameters[name].shape), device)
 
 
 def set_tensor(root: nn.Module, name: str, value: torch.Tensor, device: torch.device) -> None:

@@ -60,16 +60,13 @@ class Checkpoint:
     have the same identity wherever they lie."""
     total_bytes: int
     """Size of the weight files."""
+    gguf_architecture: str = ""
+    """``general.architecture`` of a GGUF file, "" for safetensors."""
 
     @property
     def config(self) -> PretrainedConfig:
         """The transformers configuration."""
         return parse_config(self.config_json)
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the source is a single GGUF file."""
-        return self.url.endswith(gguf.SUFFIX)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors in the model's shapes and the source's dtype (GGUF: dequantized to float32).
@@ -81,10 +78,11 @@ class Checkpoint:
         """
         entries = [self._entry(name) for name in names]
         buffers = fetch(self.url, [entry.bytes for entry in entries])
-        if self.is_gguf:
+        pairs = zip(entries, buffers, strict=True)
+        if self.gguf_architecture:
             config = self.config
-            return {e.name: gguf.decode(e, data, config) for e, data in zip(entries, buffers, strict=True)}
-        return {e.name: _as_tensor(e, data) for e, data in zip(entries, buffers, strict=True)}
+            return {entry.name: gguf.decode(entry, data, self.gguf_architecture, config) for entry, data in pairs}
+        return {entry.name: _as_tensor(entry, data) for entry, data in pairs}
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
@@ -93,7 +91,7 @@ class Checkpoint:
 
     def companions(self) -> dict[str, bytes]:
         """File name -> content of what belongs beside the weights: configuration, tokenizer, chat template, licence."""
-        if self.is_gguf:
+        if self.gguf_architecture:
             return gguf.companions(self.url) | {"config.json": self.config_json.encode()}
         sizes = {
             name: size
@@ -138,13 +136,19 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{model}: {error}") from error
     return Checkpoint(
-        model, url, tensors, layout.config_json, _identity(url, layout), total_bytes=sum(layout.sizes.values())
+        model,
+        url,
+        tensors,
+        layout.config_json,
+        _identity(url, layout),
+        sum(layout.sizes.values()),
+        layout.gguf_architecture,
     )
 
 
 def _place(skeleton: PreTrainedModel, entries: Sequence[TensorEntry]) -> dict[str, TensorEntry]:
     """State-dict name -> entry, in the model's order, once every tensor the model needs is there and fits."""
-    stored = {entry.stored_name: entry for entry in entries}
+    stored = {entry.name: entry for entry in entries}
     mapped = map_names(skeleton, stored)
     missing = missing_names(skeleton, mapped)
     if missing:
@@ -161,10 +165,10 @@ def _place(skeleton: PreTrainedModel, entries: Sequence[TensorEntry]) -> dict[st
 
 def _fitted(entry: TensorEntry, name: str, expected: torch.Tensor) -> TensorEntry:
     shape = tuple(expected.shape)
-    if gguf.is_gguf(entry):
-        fits = prod(entry.shape) == prod(shape)  # llama.cpp drops extents of 1
-    else:
+    if entry.dtype in DTYPES:
         fits = entry.shape == shape and DTYPES[entry.dtype].is_floating_point == expected.is_floating_point()
+    else:
+        fits = prod(entry.shape) == prod(shape)  # GGUF drops extents of 1 and transposes, decode checks the result
     if not fits:
         raise CheckpointError(
             f"{entry.file}: tensor {entry.stored_name} is {entry.dtype} {list(entry.shape)}, the model expects "

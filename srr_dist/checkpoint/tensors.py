@@ -42,6 +42,8 @@ class TensorEntry:
     """A safetensors dtype (``BF16``) or ``GGUF:`` and a GGML type (``GGUF:Q4_1``)."""
     stored_name: str
     """Name in the file."""
+    stored_shape: tuple[int, ...]
+    """Shape in the file."""
 
     @property
     def bytes(self) -> ByteRange:
@@ -64,7 +66,9 @@ class Layout:
     headers: dict[str, bytes]
     """Weight file -> its header, for the identity."""
     entries: tuple[TensorEntry, ...]
-    """In file order; ``name`` still is the stored name."""
+    """In file order; ``name`` and ``shape`` are not yet the model's."""
+    gguf_architecture: str = ""
+    """``general.architecture`` of a GGUF file, "" for safetensors."""
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
