@@ -114,7 +114,8 @@ def principal(L: Tensor, R: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Ten
     """``L R`` again, with orthonormal columns in L, strongest first, and the squared singular values of ``L R S``.
 
     Args:
-        L: float32 ``[m, r]``; R: float32 ``[r, n]``; r ≤ m.
+        L: float32 ``[m, r]``, r ≤ m.
+        R: float32 ``[r, n]``.
         metric: H of the n inputs.
     """
     U = orthonormal(L)
