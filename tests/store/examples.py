@@ -20,6 +20,7 @@ def block_record(**changes: Any) -> BlockRecord:
         "versions": {"torch": "2.13.0"},
         "hardware": "cpu",
         "finished": 1700000000.25,
+        "stage": {"rank": 0},
     } | changes
     folder = f".srr/{values['fingerprint']}/blocks/{values['unit']}/{values['attempt']}"
     values.setdefault("files", {"base": FileEntry(f"{folder}/base.safetensors", 4, SHA256)})

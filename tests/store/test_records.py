@@ -14,7 +14,7 @@ GOLDEN = (
     f'"files":{{"base":{{"path":"{AREA}/blocks/00017/1-aaaa/base.safetensors","sha256":"{SHA256}","size":4}}}},'
     f'"fingerprint":"{FINGERPRINT}","finished":1700000000.25,"generation":1,"hardware":"cpu",'
     '"layers":[{"k":12,"name":"model.layers.17.mlp.down_proj","objective":{"chosen":0.5,"k0":1.5}}],'
-    f'"seconds":{{"solve":2.5}},"source_sha256":"{SHA256}","unit":"00017","versions":{{"torch":"2.13.0"}}}}'
+    f'"seconds":{{"solve":2.5}},"source_sha256":"{SHA256}","stage":{{"rank":0}},"unit":"00017","versions":{{"torch":"2.13.0"}}}}'
 ).encode()
 
 
