@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
 
-from srr_dist.checkpoint.recording import Call, blocks_replaced, record_calls
+from srr_dist.checkpoint.recording import Call, forwards_replaced, record_calls
 from srr_dist.checkpoint.skeleton import (
     build_skeleton,
     decoder_blocks,
@@ -30,8 +31,8 @@ _PROBE_TOKENS = (1, 2)  # [B, T] of the pass that finds out which modules surrou
 class Decoder:
     """A causal language model run block by block; hidden states are [B, T, d] in ``dtype`` on ``device``.
 
-    All methods follow the caller's gradient mode; parameters do not require gradients, the caller may change that on
-    a loaded block.
+    ``run_block`` and ``logits`` follow the caller's gradient mode. Parameters do not require gradients; the caller may
+    change that on a loaded block.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -117,7 +118,7 @@ class Decoder:
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The logits [B, T, V] for the last block's output [B, T, d]."""
         self._require_loaded(self._head, "load_head")
-        with blocks_replaced(self._block_list(), lambda *_, **__: hidden_states):
+        with forwards_replaced(self._block_list(), lambda *_, **__: hidden_states):
             output = self._model(input_ids=self._dummy_ids(hidden_states.shape[:2]), use_cache=False)
         logits: torch.Tensor = output.logits
         return logits
@@ -173,9 +174,12 @@ class Decoder:
             names = [full for full in self._rest if full.rpartition(".")[0] == name]
             return lambda *_: current.extend(names)
 
+        untyped: Any = self._model
+        output: nn.Module = untyped.get_output_embeddings()
         handles = [m.register_forward_pre_hook(note(name)) for name, m in self._model.named_modules()]
         try:
-            with blocks_replaced(self._block_list(), enter_blocks):
+            # A product with a hollow matrix would first give it memory, and the head's is large.
+            with forwards_replaced(self._block_list(), enter_blocks), forwards_replaced([output], lambda h: h):
                 self._model(input_ids=self._dummy_ids(_PROBE_TOKENS), use_cache=False)
         finally:
             for handle in handles:

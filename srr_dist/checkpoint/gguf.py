@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quant_shape_to_byte_shape
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     GGUF_SUPPORTED_ARCHITECTURES,
     TENSOR_PROCESSORS,
@@ -53,7 +54,7 @@ def read_layout(url: str) -> Layout:
         data_start = int(reader.data_offset)
         stored = list(reader.tensors)
     skeleton = build_skeleton(parse_config(config_json), torch.float32)
-    names = get_gguf_hf_weights_map(skeleton, _processor(architecture, skeleton.config))
+    names = _state_names(skeleton, architecture)
     entries = tuple(_entry(tensor, names.get(tensor.name, tensor.name), size) for tensor in stored)
     _refuse_merged(entries)
     (header,) = fetch(url, [ByteRange("", 0, data_start)])
@@ -137,6 +138,36 @@ def _config_json(path: Path) -> str:
     if model_class is not None:
         config.architectures = [model_class.__name__]  # servers choose the class by it
     return str(config.to_json_string())
+
+
+@dataclass(frozen=True)
+class _NamedModule:
+    """What transformers' name mapping asks of a model, with the children it shall visit.
+
+    For every module visited it builds gguf's name table anew, in time that grows with the number of blocks; visiting
+    all modules would take minutes for a deep model, and the model and its base model are enough.
+    """
+
+    module: PreTrainedModel
+    children: tuple[tuple[str, _NamedModule], ...] = ()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.module.config
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.module.state_dict()
+
+    def named_children(self) -> tuple[tuple[str, _NamedModule], ...]:
+        return self.children
+
+
+def _state_names(skeleton: PreTrainedModel, architecture: str) -> dict[str, str]:
+    """GGUF name -> state-dict name, by transformers' own mapping."""
+    base = cast(PreTrainedModel, skeleton.base_model)
+    model = _NamedModule(skeleton, ((skeleton.base_model_prefix, _NamedModule(base)),))
+    names: dict[str, str] = get_gguf_hf_weights_map(model, _processor(architecture, skeleton.config))
+    return names
 
 
 def _processor(architecture: str, config: PretrainedConfig) -> Any:

@@ -69,18 +69,18 @@ def record_calls(
         return hidden_states
 
     # Tensors made in inference mode could not be used by a later pass with autograd.
-    with torch.inference_mode(mode=False), blocks_replaced(blocks, record), suppress(_AllRecorded):
+    with torch.inference_mode(mode=False), forwards_replaced(blocks, record), suppress(_AllRecorded):
         model(input_ids=input_ids, use_cache=False)
     return embedded, tuple(calls)
 
 
 @contextmanager
-def blocks_replaced(blocks: Sequence[nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Within the context, every block's forward is ``forward``."""
-    for block in blocks:
-        block.__dict__["forward"] = forward  # an instance attribute hides the class's method
+def forwards_replaced(modules: Sequence[nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Within the context, every module's forward is ``forward``; hooks still run."""
+    for module in modules:
+        module.__dict__["forward"] = forward  # an instance attribute hides the class's method
     try:
         yield
     finally:
-        for block in blocks:
-            del block.__dict__["forward"]
+        for module in modules:
+            del module.__dict__["forward"]

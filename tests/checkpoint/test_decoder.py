@@ -86,6 +86,19 @@ def test_new_decoder_holds_no_weight_memory(llama: Path) -> None:
     assert real_bytes(decoder._model) == 3 * 4  # one element each for embedding, norm and head
 
 
+def test_new_decoder_multiplies_with_no_hollow_head(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[torch.Size] = []
+    linear = torch.nn.Linear.forward
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda self, x: (shapes.append(self.weight.shape), linear(self, x))[1]
+    )
+    decoder = Decoder(open_checkpoint(str(llama)), dtype=torch.float32)
+    assert shapes == []  # the product would first expand the zeros to the head's full size
+    decoder.load_head()
+    decoder.logits(torch.zeros(1, 2, 64))
+    assert shapes == [(VOCAB_SIZE, 64)]
+
+
 def test_only_loaded_blocks_occupy_memory_and_dropping_frees_them(llama: Path, llama_ids: torch.Tensor) -> None:
     checkpoint = open_checkpoint(str(llama))
     decoder = Decoder(checkpoint, dtype=torch.float32)
