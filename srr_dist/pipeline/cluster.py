@@ -47,6 +47,8 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
         if address:
             ray.init(address=address, **quiet)
         else:
+            # Ray runs workers at nice 15, so that any other process starves them; here they are the machine's work.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(
                 address="local",
                 include_dashboard=False,

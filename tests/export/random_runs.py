@@ -110,4 +110,4 @@ def _commit(area: RunArea, scratch: Path, unit: str, files: dict[str, dict[str, 
             contiguous = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             safetensors.torch.save_file(contiguous, local, metadata={"format": "pt"})
             entries[kind] = area.store.upload(local, area.attempt_path(unit, "a", local.name))
-    area.commit(BlockRecord(unit, 1, FINGERPRINT, "a", entries, layers, "00" * 32, {}, {}, "CPU", 0.0))
+    area.commit(BlockRecord(unit, 1, FINGERPRINT, "a", entries, layers, "00" * 32, {}, {}, "CPU", 0.0, {}))
