@@ -73,7 +73,7 @@ class QuantizeConfig:
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
         _require(self.seq_len >= 2, "seq_len", "at least 2", self.seq_len)
-        _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        _require(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
         _require(0.0 <= self.max_bad_rows <= 1.0, "max_bad_rows", "a share from 0 to 1", self.max_bad_rows)
         _check_split(self.split, self.rank)
         for name in ("include", "exclude"):
@@ -160,8 +160,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     """Options from a YAML recipe, unvalidated but for its shape: a mapping of option names to values."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"recipe: {path} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"recipe: {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe: {path} is no YAML: {error}") from None
     if content is None:

@@ -17,9 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse_run(parser, given)
         from srr_dist.pipeline.driver import quantize  # Ray and torch load only once the options are known to be right
 
-        plan = quantize(config)
+        outcome = quantize(config)
         if config.job.dry_run:
-            print(plan.describe())
+            print(outcome.plan.describe())
         else:
             print(f"checkpoint {config.job.output}\nreport     {config.job.output.rstrip('/')}/report.html")
         return 0

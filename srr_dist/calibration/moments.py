@@ -69,16 +69,18 @@ class InputMoment:
     def value(self) -> Tensor:
         """H as float64: ``[n, n]`` for ``exact``, else its diagonal ``[n]``. Zeros when no token was seen."""
         match self.scaling:
+            case "identity":
+                return torch.ones(self.features, dtype=torch.float64, device=self.total.device)
+            case _ if self.tokens == 0:
+                return torch.zeros_like(self.total)
             case "exact":
                 self._mirror()
-                return self.total / max(self.tokens, 1)
+                return self.total / self.tokens
             case "diag":
-                return self.total / max(self.tokens, 1)
+                return self.total / self.tokens
             case "lqer":
                 s = self.total.clamp_min(_LQER_FLOOR)
                 return (s / (s.min() * s.max()).sqrt()).square()
-            case "identity":
-                return torch.ones(self.features, dtype=torch.float64, device=self.total.device)
         raise ValueError(f"scaling: {self.scaling!r} is not known")
 
     def _finite_rows(self, x: Tensor) -> Tensor:

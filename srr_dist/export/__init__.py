@@ -12,9 +12,18 @@ views       report.json, report.html and README.md, made from records and evalua
 report      report.html, with its sections, pictures, markup and numbers beside it
 """
 
-from srr_dist.export.assemble import EXPORTS, Output, assemble
+from srr_dist.export.assemble import EXPORTS, Output, assemble, is_complete
 from srr_dist.export.load import QuantizedModel
 from srr_dist.export.verify import verify_output
 from srr_dist.export.views import add_evaluation, write_views
 
-__all__ = ["EXPORTS", "Output", "QuantizedModel", "add_evaluation", "assemble", "verify_output", "write_views"]
+__all__ = [
+    "EXPORTS",
+    "Output",
+    "QuantizedModel",
+    "add_evaluation",
+    "assemble",
+    "is_complete",
+    "verify_output",
+    "write_views",
+]

@@ -24,7 +24,7 @@ from srr_dist.export.adapter import adapter_config, adapter_ranks, lora_names
 from srr_dist.export.base import INDEX_NAME, PACKED, dense_tensors, quantization_config, shard_index, shard_name
 from srr_dist.export.tensorfile import TensorFile, encode_header
 from srr_dist.store.documents import encode
-from srr_dist.store.manifest import COMMIT, MANIFEST, Manifest, write_commit
+from srr_dist.store.manifest import COMMIT, MANIFEST, Manifest, read_complete, write_commit
 from srr_dist.store.objects import FileEntry, ObjectStore
 from srr_dist.store.records import BlockRecord
 
@@ -108,6 +108,17 @@ def assemble(
     )
     write_commit(store, manifest)
     return manifest
+
+
+def is_complete(store: ObjectStore, export: str) -> bool:
+    """Whether the output is committed, holds this export, and every file of its manifest is there in its size."""
+    if not store.exists(COMMIT):
+        return False
+    manifest = read_complete(store)
+    if not {folder for folder in EXPORTS[export] if folder != "adapter"} <= set(manifest.exports):
+        return False
+    sizes = {path: size for folder in manifest.exports for path, size in store.list(folder).items()}
+    return all(sizes.get(path) == entry.size for path, entry in manifest.files.items())
 
 
 def _in_order(records: Mapping[str, BlockRecord], block_count: int) -> list[BlockRecord]:

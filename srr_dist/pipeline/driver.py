@@ -7,6 +7,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from srr_dist.config import RunConfig
 from srr_dist.errors import PipelineError, SrrError, StoppedError, StoreError
-from srr_dist.export import Output, assemble, write_views
+from srr_dist.export import Output, assemble, is_complete, write_views
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Actors, connected
 from srr_dist.pipeline.plan import Plan, hidden_size, make_plan
@@ -33,8 +34,21 @@ ATTEMPTS = 3
 POLL_SECONDS = 1.0
 
 
-def quantize(config: RunConfig) -> Plan:
-    """Run the whole job, or what is left of it; with ``dry_run`` only plan it. Returns the plan that was followed.
+@dataclass(frozen=True)
+class Outcome:
+    """What a run followed and how long it took.
+
+    Attributes:
+        plan: windows, memory, bytes.
+        seconds: wall time of passing sequences ("passes") and of solving ("layers"), without start-up and reading.
+    """
+
+    plan: Plan
+    seconds: Mapping[str, float]
+
+
+def quantize(config: RunConfig) -> Outcome:
+    """Run the whole job, or what is left of it; with ``dry_run`` only plan it.
 
     Raises:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
@@ -43,17 +57,23 @@ def quantize(config: RunConfig) -> Plan:
         run = prepare(config.quantize, config.job.output, on_gpu=bool(cluster.gpus))
         plan = make_plan(run, cluster, config.job.blocks_per_stage)
         if config.job.dry_run:
-            return plan
+            return Outcome(plan, {})
         store = ObjectStore(run.output)
         area = RunArea(store, run.fingerprint)
         area.begin(run.document())
-        work_off(plan, area, stop)
-        finish(run, area, config.job.export)
-        return plan
+        seconds = work_off(plan, area, stop)
+        if is_complete(store, config.job.export):
+            log.info("%s is finished already", run.output)
+        else:
+            finish(run, area, config.job.export)
+        return Outcome(plan, seconds)
 
 
-def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> None:
+def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> Mapping[str, float]:
     """Commit every unit that has no result yet, window by window, replacing workers that die.
+
+    Returns:
+        Wall seconds by kind of work.
 
     Raises:
         PipelineError: workers died ``ATTEMPTS`` times in a row without a block committed between.
@@ -61,7 +81,7 @@ def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> None:
     """
     run = plan.run
     if not missing_units(run, area):
-        return
+        return {}
     boundaries = Boundaries(area)
     actors = Actors(plan.cluster, Stage, run, plan.holding.placement, plan.cluster.cpus)
     failures, window_count = 0, 0
@@ -86,6 +106,7 @@ def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> None:
                     failures, window_count = 0, window_count + 1
                     if window is not None and window.save is not None and window.start:
                         boundaries.discard(window.start)
+        return progress.seconds
     finally:
         actors.stop()
 
@@ -112,6 +133,9 @@ def finish(run: Run, area: RunArea, export: str) -> None:
     )
     assemble(area.store, area.records(), output, [export])
     write_views(area)
+    boundaries = Boundaries(area)
+    for block in sorted(boundaries.available() - {0}):
+        boundaries.discard(block)
 
 
 def _next_window(plan: Plan, missing: Mapping[str, int], boundaries: Boundaries) -> Window | None:
@@ -142,13 +166,14 @@ def _work(
         plans = stage_plans(window, number, plan)
         progress.tick(f"{_describe(window)} · reading weights")
         _wait([stage.open.remote(part) for stage, part in zip(stages, plans, strict=True)], progress, stop)
+        progress.begin(f"{_describe(window)} · calibrating")
         _pass_sequences(stages, plan, window, progress, stop)
         _wait([stage.end_forward.remote() for stage in stages], progress, stop)
         for stage, part in zip(stages, plans, strict=True):
             solving += [
                 stage.solve.remote(index, missing[unit_name(index)]) for index in part.blocks if index in part.collect
             ]
-    progress.tick(f"{_describe(window)} · solving")
+    progress.begin(f"{_describe(window)} · solving")
     _wait(solving, progress, stop)
 
 

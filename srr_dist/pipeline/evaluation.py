@@ -9,8 +9,9 @@ from typing import Any
 
 import ray
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from srr_dist.calibration.adapted import attach_adapters
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
@@ -44,20 +45,6 @@ class EvaluationConfig:
     seq_len: int
     dtype: str = "auto"
     revision: str | None = None
-
-
-class AdaptedLinear(nn.Module):
-    """``y = x Qᵀ + b + (x Rᵀ) Lᵀ``: a linear layer and its adapter, unmerged, as PEFT runs them."""
-
-    def __init__(self, linear: nn.Linear, L: Tensor, R: Tensor) -> None:
-        super().__init__()
-        self.linear = linear
-        self.L, self.R = L.to(linear.weight), R.to(linear.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., n]`` to ``[..., m]``."""
-        y: Tensor = self.linear(x) + (x @ self.R.mT) @ self.L.mT
-        return y
 
 
 class EvaluationStage:
@@ -119,9 +106,7 @@ class EvaluationStage:
     def _load_quantized(self, index: int) -> None:
         tensors, adapters = self.quantized.block(index)
         block = self.other.load_block(index, tensors)
-        for name, linear in self.other.linear_modules(index).items():
-            if name in adapters:
-                _replace(block, linear, AdaptedLinear(linear, *adapters[name]))
+        attach_adapters(block, self.other.linear_modules(index), adapters)
 
     def _through(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.device)
@@ -213,10 +198,3 @@ def _stream(
         ray.get(stages[0].open_head.remote())
         scores = [stages[0].score.remote(message, part) for message, part in zip(messages, parts, strict=True)]
         return sum(ray.get(scores), Comparison())
-
-
-def _replace(block: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for module in list(block.modules()):
-        for name, child in list(module.named_children()):
-            if child is old and module is not new:
-                setattr(module, name, new)

@@ -43,6 +43,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
+    def begin(self, note: str) -> None:
+        """A phase starts: what came before it counts for no kind of work."""
+        self._mark = time.monotonic()
+        self.tick(note)
+
     def advance(self, kind: str, amount: int) -> None:
         """Some work of a kind is done; the time since the last call is counted for it."""
         now = time.monotonic()

@@ -137,7 +137,8 @@ class IntGrid(Grid):
     def _scale(self, absmax: Tensor) -> Tensor:
         # A group of zeros codes to zeros under any scale; a normal number keeps readers from dividing by zero.
         floor = math.ldexp(1.0, _MIN_EXPONENT)
-        return (absmax / (2 ** (self.bits - 1) - 0.5)).clamp_min(floor)
+        scale: Tensor = (absmax / (2 ** (self.bits - 1) - 0.5)).clamp_min(floor)
+        return scale
 
 
 _GRIDS: dict[str, type[Grid]] = {grid.name: grid for grid in (MXIntGrid, IntGrid)}
