@@ -112,9 +112,10 @@ def assemble(
 
 def is_complete(store: ObjectStore, export: str) -> bool:
     """Whether the output is committed, holds this export, and every file of its manifest is there in its size."""
-    if not store.exists(COMMIT):
+    try:
+        manifest = read_complete(store)
+    except OutputError:
         return False
-    manifest = read_complete(store)
     if not {folder for folder in EXPORTS[export] if folder != "adapter"} <= set(manifest.exports):
         return False
     sizes = {path: size for folder in manifest.exports for path, size in store.list(folder).items()}
