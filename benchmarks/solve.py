@@ -1,0 +1,166 @@
+"""Seconds and objective of one layer: the published way of solving it against this one, in one process.
+
+Published (QERA, arXiv 2410.06040; SRR builds on it): float64 ``scipy.linalg.sqrtm`` of H, full SVD of ``(W − Q) S``,
+solve with S. Ours: ``solve_layer``, from H to stored factors, with k = 0, with the search and with the criterion. Both
+take MXINT3 in blocks of 32 and r = 32. Objectives are ``tr(Δ H Δᵀ)`` before any rounding of the factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from srr_dist.solve import Grid, LayerSolution, Metric, SolveOptions, make_grid, solve_layer
+
+SHAPES = ((576, 576), (576, 1536), (1536, 576), (4096, 4096))
+RANK = 32
+OURS = {"qer": ("qer", "search"), "search": ("srr", "search"), "criterion": ("srr", "criterion")}
+ENOUGH_SECONDS = 20.0
+
+T = TypeVar("T")
+
+
+def published(W: Tensor, H: Tensor, Q: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """L and R of QERA-exact in float64."""
+    S = torch.from_numpy(scipy.linalg.sqrtm(H.numpy()).real.copy())
+    U, sigma, Vh = torch.linalg.svd((W - Q).double() @ S, full_matrices=False)
+    return U[:, :rank], torch.linalg.solve(S, (sigma[:rank, None] * Vh[:rank]).mT).mT  # S is symmetric
+
+
+def ours(W: Tensor, H: Tensor, name: str, options: SolveOptions) -> LayerSolution:
+    """The layer from its raw moment to what is stored."""
+    return solve_layer(W, Metric.of(H), name, options)
+
+
+def objective(delta: Tensor, H: Tensor) -> float:
+    """``tr(Δ H Δᵀ)`` in float64."""
+    return float(((delta @ H) * delta).sum())
+
+
+def synthetic(m: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A weight and an input moment with the features of real ones.
+
+    W: noise and a low-rank part with a decaying spectrum. H: eigenvalues by a power law over four decades and three
+    massive directions, each almost along one channel, as residual streams have.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    decay = torch.arange(1, 65, dtype=torch.float64) ** -0.5
+    W = 0.02 * (normal(m, n) + (normal(m, 64) * decay) @ normal(64, n) / 4)
+    basis = torch.linalg.qr(normal(n, n))[0]
+    H = (basis * torch.logspace(1, -3, n, dtype=torch.float64)) @ basis.mT
+    for strength in (1e4, 1e3, 3e2):
+        direction = 0.01 * normal(n)
+        direction[int(torch.randint(n, (), generator=generator))] = 1.0
+        H += strength * torch.outer(direction, direction)
+    return W.float(), (H + H.mT) / 2
+
+
+def cases(weights: Path | None, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, W (float32) and H (float64) of every layer to solve."""
+    if weights is None:
+        for m, n in SHAPES:
+            yield f"synthetic {m}×{n}", *synthetic(m, n, seed)
+        return
+    W, H = torch.load(weights, weights_only=True)
+    for name in W:
+        yield name, W[name].float(), H[name].double()
+
+
+def timed(function: Callable[[], T], repeats: int) -> tuple[T, dict[str, float]]:
+    """The result and the medians over several calls (fewer where they take long): seconds and processor seconds."""
+    wall: list[float] = []
+    processor: list[float] = []
+    while len(wall) < repeats and sum(wall) < ENOUGH_SECONDS:
+        started, worked = time.perf_counter(), time.process_time()
+        result = function()
+        wall.append(time.perf_counter() - started)
+        processor.append(time.process_time() - worked)
+    return result, {"seconds": median(wall), "processor_seconds": median(processor)}
+
+
+def compare(name: str, W: Tensor, H: Tensor, grid: Grid, repeats: int) -> dict[str, Any]:
+    """One row: both ways on one layer."""
+    Q = grid.dequantize(*grid.quantize(W))
+    solve_layer(W, Metric.of(H), name, SolveOptions("qer", grid, RANK))  # first calls pay for threads and memory
+    (L, R), time_published = timed(partial(published, W, H, Q, RANK), repeats)
+    reference = objective((W - Q).double() - L @ R, H)
+    row: dict[str, Any] = {
+        "layer": name,
+        "shape": list(W.shape),
+        "published": {**time_published, "objective": reference},
+    }
+    for label, (method, split) in OURS.items():
+        solution, time_ours = timed(partial(ours, W, H, name, SolveOptions(method, grid, RANK, split)), repeats)
+        faster = {f"{key}_ratio": time_published[key] / time_ours[key] for key in time_ours}
+        relative = 100 * (solution.result["objective"]["chosen"] / reference - 1)
+        row[label] = {**time_ours, **faster, "objective_percent": relative, "k": solution.result["k"]}
+    return row
+
+
+def markdown(rows: list[dict[str, Any]], clock: str) -> str:
+    """Seconds by a clock, how many times faster, and the objective relative to the published one's (k = 0)."""
+    headings = [f"{label} s | faster | objective %" for label in OURS]
+    lines = ["| " + " | ".join(["layer", "shape", "published s", *headings]) + " |", "|---|---|" + "---:|" * 10]
+    for row in rows:
+        cells = [row["layer"], "×".join(map(str, row["shape"])), f"{row['published'][clock]:.3f}"]
+        for label in OURS:
+            part = row[label]
+            cells += [f"{part[clock]:.3f}", f"{part[clock + '_ratio']:.0f}×", f"{part['objective_percent']:+.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="a torch-saved pair of dicts W and H, instead of synthetic layers")
+    parser.add_argument("--layers", default="", help="only layers whose name contains this")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both ways")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of which the median is taken")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the synthetic layers")
+    parser.add_argument(
+        "--clock", choices=("seconds", "processor_seconds"), default="seconds", help="what the table shows"
+    )
+    parser.add_argument("--output", type=Path, help="also write the table and its circumstances as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    grid = make_grid("mxint", 3, 32)
+    load = os.getloadavg()[0]
+    rows = []
+    for name, W, H in cases(arguments.weights, arguments.seed):
+        if arguments.layers in name:
+            rows.append(compare(name, W, H, grid, arguments.repeats))
+            print(f"{name}: done", file=sys.stderr)
+    circumstances = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "load_before": load,
+        "clock": arguments.clock,
+        "torch": torch.__version__,
+        "scipy": scipy.__version__,
+    }
+    print(
+        markdown(rows, arguments.clock) + "\n\n" + ", ".join(f"{key} {value}" for key, value in circumstances.items())
+    )
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"circumstances": circumstances, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
