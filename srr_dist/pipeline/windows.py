@@ -54,9 +54,9 @@ def all_windows(count: int, stages: int, blocks_per_stage: int) -> list[Window]:
 
 
 def even_parts(blocks: range, parts: int) -> tuple[tuple[int, ...], ...]:
-    """At most ``parts`` consecutive, non-empty parts whose lengths differ by one at most, longer ones last.
+    """At most ``parts`` consecutive, non-empty parts whose lengths differ by one at most.
 
-    The first stage embeds or reads, so that the shorter share suits it.
+    The first is among the shorter ones: its stage embeds or reads besides.
     """
     parts = min(parts, len(blocks))
     bounds = [len(blocks) * part // parts for part in range(parts + 1)]

@@ -1,0 +1,72 @@
+"""What tests of several packages begin with: a checkpoint of six blocks, a text, a Ray cluster."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.families import build
+
+WORDS = (
+    ["river", "hill", "town", "mill", "water", "bridge", "road", "market"]
+    + ["railway", "church", "ford", "sea", "summer", "spring", "century", "narrow"]
+)  # fmt: skip
+    "river",
+    "hill",
+    "town",
+    "mill",
+    "water",
+    "bridge",
+    "road",
+    "market",
+    "railway",
+    "church",
+    "ford",
+    "sea",
+    "summer",
+    "spring",
+    "century",
+    "narrow",
+]
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A Ray cluster of one node with two CPUs."""
+
+    address: str
+    raylet: int
+    """Process id of the raylet, whose children the workers are."""
+
+
+@pytest.fixture(scope="session")
+def six_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of six blocks; not to be changed."""
+    return build("llama", tmp_path_factory.mktemp("six-blocks"), num_hidden_layers=6)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some thousand tokens."""
+    chance = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n".join(" ".join(chance.choices(WORDS, k=12)) for _ in range(600)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """One cluster for all tests, since to start it takes as long as a run."""
+    from ray.cluster_utils import Cluster  # only tests that need it wait for its import
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")
+        head = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 150 * 10**6, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        yield RayCluster(cluster.address, cluster.head_node.all_processes["raylet"][0].process.pid)
+        cluster.shutdown()

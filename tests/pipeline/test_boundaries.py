@@ -1,0 +1,96 @@
+"""Stored hidden states come back bit by bit, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from srr_dist.errors import StoreError
+from srr_dist.pipeline.boundaries import Boundaries
+from srr_dist.store import ObjectStore, RunArea
+
+
+@pytest.fixture
+def area(tmp_path: Path) -> RunArea:
+    return RunArea(ObjectStore(str(tmp_path)), "ab" * 32)
+
+
+def hidden(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def save(area: RunArea, block: int, dtype: torch.dtype = torch.float32) -> Path:
+    """Store three sequences before ``block``; returns the folder of its objects."""
+    boundaries = Boundaries(area)
+    boundaries.complete(block, [boundaries.save(block, i, hidden(i, dtype)) for i in range(3)])
+    return Path(area.store.url, area.path(f"boundaries/{block:05d}"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_boundary_read_by_another_process_is_bit_equal(area, dtype):
+    save(area, 4, dtype)
+    other = Boundaries(RunArea(ObjectStore(area.store.url), area.fingerprint))
+    for i in range(3):
+        found = other.load(4, i)
+        assert found.dtype == dtype
+        assert torch.equal(found, hidden(i, dtype))
+
+
+def test_boundary_of_a_strided_tensor_holds_its_values(area):
+    boundaries = Boundaries(area)
+    strided = hidden(0).mT
+    boundaries.complete(1, [boundaries.save(1, 0, strided)])
+    assert torch.equal(boundaries.load(1, 0), strided)
+
+
+def test_tokens_are_always_a_boundary(area):
+    assert Boundaries(area).available() == {0}
+
+
+def test_boundary_without_its_record_does_not_exist(area):
+    Boundaries(area).save(4, 0, hidden(0))
+    assert Boundaries(area).available() == {0}
+    with pytest.raises(StoreError, match=r"boundaries/00004\.json"):
+        Boundaries(area).load(4, 0)
+
+
+def test_available_lists_complete_boundaries_only(area):
+    save(area, 4)
+    save(area, 12)
+    Boundaries(area).save(8, 0, hidden(0))
+    assert Boundaries(area).available() == {0, 4, 12}
+
+
+def test_boundary_with_one_flipped_bit_is_refused_by_name(area):
+    folder = save(area, 4)
+    damaged = folder / "00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    boundaries = Boundaries(area)
+    assert torch.equal(boundaries.load(4, 0), hidden(0))
+    with pytest.raises(StoreError, match=r"00004/00001\.safetensors: damaged"):
+        boundaries.load(4, 1)
+
+
+def test_boundary_with_a_missing_object_is_refused_by_name(area):
+    (save(area, 4) / "00002.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"00004/00002\.safetensors"):
+        Boundaries(area).load(4, 2)
+
+
+def test_second_record_of_a_boundary_changes_nothing(area):
+    save(area, 4)
+    Boundaries(area).complete(4, ["00" * 32] * 3)
+    assert torch.equal(Boundaries(area).load(4, 0), hidden(0))
+
+
+def test_discarded_boundary_leaves_nothing(area):
+    folder = save(area, 4)
+    save(area, 8)
+    Boundaries(area).discard(4)
+    assert not folder.exists()
+    assert Boundaries(area).available() == {0, 8}
+    Boundaries(area).discard(4)  # again, as after a kill in the middle
