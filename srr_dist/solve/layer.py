@@ -104,9 +104,8 @@ class _Problem:
 
     def candidate(self, k: int) -> _Candidate:
         """Preserve k directions, quantize the residual, reconstruct with the rank that the form leaves."""
-        U_k = self.weight.U[:, :k]
-        preserved_R = U_k.mT @ self.W  # P_k = U_k (U_kᵀ W)
-        residual = self.W - U_k @ preserved_R
+        U_k, R_k = self.weight.U[:, :k], self.weight.R[:k]
+        residual = self.W - U_k @ R_k  # W − P_k
         grid = self.options.grid
         codes, scale = grid.quantize(residual)
         Q = grid.dequantize(codes, scale)
@@ -115,9 +114,9 @@ class _Problem:
         else:
             E, fixed, free = residual - Q, k, self.rank - k
         found = self._subspace(E, free)
-        L, R, energies = found.U, found.U.mT @ E, found.energies
+        L, R, energies = found.U, found.R, found.energies
         if fixed:
-            L, R, energies = principal(torch.cat((U_k, L), dim=1), torch.cat((preserved_R, R)), self.metric)
+            L, R, energies = principal(torch.cat((U_k, L), dim=1), torch.cat((R_k, R)), self.metric)
         return _Candidate(k, codes, scale, Q, L, R, energies, found.tail)
 
     def _subspace(self, E: Tensor, rank: int) -> Subspace:

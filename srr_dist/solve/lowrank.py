@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srr_dist.solve.metric import Metric, eigh, inner, one_thread
+from srr_dist.solve.metric import Metric, eigh, gram, inner, one_thread
 
 OVERSAMPLING = 16
 TOLERANCE = 1e-4
@@ -30,12 +30,14 @@ class Subspace:
 
     Attributes:
         U: float32 ``[m, rank]``, orthonormal.
+        R: float32 ``[rank, n]``, ``Uᵀ E``, so that ``U R`` is the best approximation.
         energies: float64 ``[rank]``, the squared singular values ``σ_i²``.
-        tail: ``‖E − U Uᵀ E‖²_H``, the energy beyond them, in the scaled metric.
+        tail: ``‖E − U R‖²_H``, the energy beyond them, in the scaled metric.
         iterations: products with M that it took.
     """
 
     U: Tensor
+    R: Tensor
     energies: Tensor
     tail: float
     iterations: int
@@ -79,12 +81,12 @@ def leading_subspace(
     EH = metric.right(E) if EH is None else EH
     total = inner(EH, E)
     if rank == 0:
-        return Subspace(start[:, :0], start.new_zeros(0, dtype=torch.float64), max(total, 0.0), 0)
+        return Subspace(E[:, :0], E[:0], E.new_zeros(0, dtype=torch.float64), max(total, 0.0), 0)
     Y, captured, gain = start, 0.0, total
     for iteration in range(1, max_iterations + 1):
         U = orthonormal(Y)
         Z = EH @ (U.mT @ E).mT
-        energies, V = eigh(U.mT.double() @ Z.double())
+        energies, V = eigh(gram(U, Z))
         Y = Z @ V.float()
         previous_gain, previous = gain, captured
         captured = float(energies[:rank].clamp_min(0.0).sum())
@@ -92,10 +94,12 @@ def leading_subspace(
         rate = min(max(gain / previous_gain, 0.0), 0.95) if previous_gain > 0.0 else 0.0
         if iteration > 2 and gain * rate / (1.0 - rate) <= tolerance * max(total - captured, 1e-6 * total):
             break
-    U = (U.double() @ V[:, :rank]).float()
+    U = (U.double() @ V).float()
+    R, UEH = (U.mT @ E)[:rank], (U.mT @ EH)[:rank]  # as wide as the block: see block_size
+    U = U[:, :rank]
     # Measured on what is left, not as total − captured: a few massive inputs may hold all but 1e-6 of the total.
-    tail = inner(EH - U @ (U.mT @ EH), E - U @ (U.mT @ E))
-    return Subspace(U, energies[:rank].clamp_min(0.0), max(tail, 0.0), iteration)
+    tail = inner(EH - U @ UEH, E - U @ R)
+    return Subspace(U, R, energies[:rank].clamp_min(0.0), max(tail, 0.0), iteration)
 
 
 def orthonormal(Y: Tensor) -> Tensor:
@@ -119,14 +123,19 @@ def principal(L: Tensor, R: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Ten
         metric: H of the n inputs.
     """
     U = orthonormal(L)
-    B = (U.mT @ L) @ R
-    energies, V = eigh(metric.right(B).double() @ B.mT.double())
+    B = gram(U, L).float() @ R
+    with one_thread():
+        BH = metric.right(B)
+    energies, V = eigh(gram(BH.mT, B.mT))
     return U @ V.float(), V.mT.float() @ B, energies.clamp_min(0.0)
 
 
 def block_size(m: int, n: int, rank: int) -> int:
-    """Vectors to iterate on for ``rank`` directions of an ``[m, n]`` matrix."""
-    return min(rank + OVERSAMPLING, m, n)
+    """Vectors to iterate on for ``rank`` directions of an ``[m, n]`` matrix.
+
+    A multiple of 16: at such widths float32 products add up in the same order for any thread count.
+    """
+    return min(-(-(rank + OVERSAMPLING) // 16) * 16, m, n)
 
 
 def refit(L_stored: Tensor, L: Tensor, R: Tensor) -> Tensor:
@@ -136,7 +145,7 @@ def refit(L_stored: Tensor, L: Tensor, R: Tensor) -> Tensor:
     """
     if L.shape[1] == 0:
         return R
-    values, V = eigh(L_stored.mT.double() @ L_stored.double())
+    values, V = eigh(gram(L_stored, L_stored))
     inverse = torch.where(values > 1e-12 * values[0], 1.0 / values, 0.0)
-    mixing = ((V * inverse) @ V.mT) @ (L_stored.mT.double() @ L.double())
+    mixing = ((V * inverse) @ V.mT) @ gram(L_stored, L)
     return mixing.float() @ R

@@ -1,7 +1,8 @@
 """The metric of a layer's inputs: every product with H, and the sums in float64 where they decide.
 
-Thin factorizations run on one thread: LAPACK's Cholesky and eigenvalue routines change their last bits with the
-thread count, matrix products do not, and results must not depend on how many cores a worker was given.
+Thin factorizations and float64 products with a small result run on one thread: they split their sums by the thread
+count and change their last bits with it, and results must not depend on how many cores a worker was given. Wide
+float32 products do not (``lowrank.block_size`` keeps them wide).
 """
 
 from __future__ import annotations
@@ -67,6 +68,13 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def gram(A: Tensor, B: Tensor) -> Tensor:
+    """``Aᵀ B: [a, b]`` in float64 of two tall float32 matrices, on one thread."""
+    with one_thread():
+        product: Tensor = A.mT.double() @ B.double()
+    return product
 
 
 def eigh(A: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,88 @@
+"""Weights, moments and the plain float64 answers that the solver is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from srr_dist.solve.metric import Metric
+from srr_dist.solve.split import uniform
+
+T = TypeVar("T")
+
+MOMENTS = ("white", "decaying", "diagonal", "singular", "wide", "massive")
+SHAPES = ((48, 64), (64, 48), (160, 32), (32, 160), (1, 64), (96, 96))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def weight(m: int, n: int, seed: int = 0) -> Tensor:
+    """Noise and a low-rank part with a decaying spectrum: float32 ``[m, n]``."""
+    decay = torch.arange(1, 17, dtype=torch.float64) ** -0.5
+    return (
+        0.02 * (normal(m, n, seed=seed) + (normal(m, 16, seed=seed + 1) * decay) @ normal(16, n, seed=seed + 2))
+    ).float()
+
+
+def moment(kind: str, n: int, seed: int = 0) -> Tensor:
+    """An input moment float64 ``[n, n]`` (``[n]`` for ``diagonal``)."""
+    basis = torch.linalg.qr(normal(n, n, seed=seed + 7))[0]
+    decaying = (basis * torch.logspace(1, -3, n, dtype=torch.float64)) @ basis.mT
+    match kind:
+        case "white":
+            H = torch.eye(n, dtype=torch.float64)
+        case "decaying":
+            H = decaying
+        case "diagonal":
+            return torch.logspace(2, -2, n, dtype=torch.float64)
+        case "singular":
+            x = normal(max(n // 3, 1), n, seed=seed + 8)
+            H = x.mT @ x
+        case "wide":  # eigenvalues over eight decades
+            H = (basis * torch.logspace(4, -4, n, dtype=torch.float64)) @ basis.mT
+        case "massive":  # two channels hold all but 1e-5 of the energy
+            direction = 1e-3 * normal(2, n, seed=seed + 9)
+            direction[0, 3], direction[1, n // 2] = 1.0, 0.5
+            H = decaying + 1e5 * direction.mT @ direction
+        case _:
+            raise ValueError(kind)
+    return (H + H.mT) / 2
+
+
+def full(H: Tensor) -> Tensor:
+    return H.diag() if H.dim() == 1 else H
+
+
+def objective(delta: Tensor, H: Tensor) -> float:
+    """``tr(Δ H Δᵀ)`` by its definition, in float64."""
+    return float(torch.trace(delta.double() @ full(H).double() @ delta.double().mT))
+
+
+def singular_values(E: Tensor, H: Tensor) -> Tensor:
+    """Of ``E S`` with S the symmetric root from an eigendecomposition, by a full SVD in float64."""
+    values, V = torch.linalg.eigh(full(H).double())
+    S = (V * values.clamp_min(0.0).sqrt()) @ V.mT
+    return torch.linalg.svdvals(E.double() @ S)
+
+
+def best_objective(E: Tensor, H: Tensor, rank: int) -> float:
+    """``min ‖E − L R‖²_H`` over rank ``rank``, by Eckart and Young."""
+    return float(singular_values(E, H)[rank:].square().sum())
+
+
+def start(E: Tensor, metric: Metric, block: int, seed: int = 0) -> Tensor:
+    return metric.right(E) @ uniform((E.shape[1], block), torch.Generator().manual_seed(seed), E.device)
+
+
+def with_threads(threads: int, function: Callable[[], T]) -> T:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
