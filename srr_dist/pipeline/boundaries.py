@@ -47,13 +47,20 @@ class Boundaries:
         self._area.store.create(self._record(block), json.dumps({"sha256": hashes}).encode())
 
     def load(self, block: int, sequence: int) -> Tensor:
-        """The hidden states ``[1, T, d]`` of a sequence before ``block``; StoreError if they are not as recorded."""
+        """The hidden states ``[1, T, d]`` of a sequence before ``block``.
+
+        Raises:
+            StoreError: they are missing or not as recorded. The boundary is then discarded, so that the next attempt
+                begins at an earlier one.
+        """
         if block not in self._hashes:
             self._hashes[block] = self._area.store.get_json(self._record(block))["sha256"]
         path = self._object(block, sequence)
-        data = self._area.store.get(path)
-        if hashlib.sha256(data).hexdigest() != self._hashes[block][sequence]:
-            raise StoreError(f"{self._area.store.location(path)}: damaged, its sha256 is not the recorded one")
+        data = self._area.store.get(path) if self._area.store.exists(path) else b""
+        if (found := hashlib.sha256(data).hexdigest()) != (expected := self._hashes[block][sequence]):
+            self.discard(block)
+            location = self._area.store.location(path)
+            raise StoreError(f"{location}: missing or damaged, sha256 {found}, its record says {expected}")
         return safetensors.torch.load(data)["hidden"]
 
     def discard(self, block: int) -> None:

@@ -62,10 +62,7 @@ def quantize(config: RunConfig) -> Outcome:
         area = RunArea(store, run.fingerprint)
         area.begin(run.document())
         seconds = work_off(plan, area, stop)
-        if is_complete(store, config.job.export):
-            log.info("%s is finished already", run.output)
-        else:
-            finish(run, area, config.job.export)
+        finish(run, area, config.job.export)
         return Outcome(plan, seconds)
 
 
@@ -99,8 +96,6 @@ def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> Mapping[str, floa
                             "is kept, the same command goes on from there"
                         ) from error
                     log.warning("%s: %s; starting its workers anew", _describe(window), error)
-                    if window and window.start and isinstance(error, StoreError):
-                        boundaries.discard(window.start)  # it may be what is damaged; an earlier one leads here too
                     actors.start()
                 else:
                     failures, window_count = 0, window_count + 1
@@ -119,11 +114,22 @@ def missing_units(run: Run, area: RunArea) -> dict[str, int]:
 
 
 def finish(run: Run, area: RunArea, export: str) -> None:
-    """Assemble the output from the records and write the views of it."""
+    """Assemble the output from the records, unless it is there already, and write the views of it."""
+    if is_complete(area.store, export):
+        log.info("%s is finished already", run.output)
+    else:
+        assemble(area.store, area.records(), _output(run), [export])
+    write_views(area)
+    boundaries = Boundaries(area)
+    for block in sorted(boundaries.available() - {0}):
+        boundaries.discard(block)
+
+
+def _output(run: Run) -> Output:
     config = run.config
     weights = {linear.name for block in run.graph.blocks for linear in block.linears}
     dtypes = {stored_dtype(run.checkpoint.tensors[f"{name}.weight"]) for name in weights}
-    output = Output(
+    return Output(
         block_count=len(run.graph.blocks),
         bits=config.bits,
         group_size=config.group_size,
@@ -131,11 +137,6 @@ def finish(run: Run, area: RunArea, export: str) -> None:
         companions=run.checkpoint.companions(),
         created_by=versions(),
     )
-    assemble(area.store, area.records(), output, [export])
-    write_views(area)
-    boundaries = Boundaries(area)
-    for block in sorted(boundaries.available() - {0}):
-        boundaries.discard(block)
 
 
 def _next_window(plan: Plan, missing: Mapping[str, int], boundaries: Boundaries) -> Window | None:
