@@ -20,7 +20,7 @@ from srr_dist.checkpoint.skeleton import build_skeleton, decoder_blocks, map_nam
 from srr_dist.checkpoint.tensors import DTYPES, Layout, TensorEntry, check_finite
 from srr_dist.errors import CheckpointError
 
-__all__ = ["Checkpoint", "TensorEntry", "check_finite", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorEntry", "open_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -71,18 +71,18 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors in the model's shapes and the source's dtype (GGUF: dequantized to float32).
 
-        Values are not checked, see ``check_finite``.
-
         Raises:
-            CheckpointError: an unknown name, or a file that is gone or shorter than it was.
+            CheckpointError: an unknown name, a file that is gone or shorter than it was, or a NaN or infinite value.
         """
         entries = [self._entry(name) for name in names]
         buffers = fetch(self.url, [entry.bytes for entry in entries])
-        pairs = zip(entries, buffers, strict=True)
-        if self.gguf_architecture:
-            config = self.config
-            return {entry.name: gguf.decode(entry, data, self.gguf_architecture, config) for entry, data in pairs}
-        return {entry.name: _as_tensor(entry, data) for entry, data in pairs}
+        config = self.config if self.gguf_architecture else None
+        tensors = {}
+        for entry, data in zip(entries, buffers, strict=True):
+            tensor = gguf.decode(entry, data, self.gguf_architecture, config) if config else _as_tensor(entry, data)
+            check_finite(entry, tensor)
+            tensors[entry.name] = tensor
+        return tensors
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:

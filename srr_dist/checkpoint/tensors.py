@@ -71,16 +71,16 @@ class Layout:
     """``general.architecture`` of a GGUF file, "" for safetensors."""
 
 
-def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+def check_finite(entry: TensorEntry, tensor: torch.Tensor) -> None:
     """Refuse NaN and infinite values.
 
     Raises:
-        CheckpointError: names the first bad tensor and how many of its values are not finite.
+        CheckpointError: names file and tensor, and how many of its values are not finite.
     """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-            raise CheckpointError(
-                f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite; the checkpoint is damaged, "
-                "fetch it again"
-            )
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        file = f"{entry.file}: " if entry.file else ""
+        raise CheckpointError(
+            f"{file}tensor {entry.stored_name}: {bad} of {tensor.numel()} values are NaN or infinite; "
+            "the checkpoint is damaged, fetch it again"
+        )

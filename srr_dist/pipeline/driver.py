@@ -19,7 +19,7 @@ from srr_dist.export import Output, assemble, is_complete, write_views
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Actors, connected
 from srr_dist.pipeline.plan import Plan, hidden_size, make_plan
-from srr_dist.pipeline.prepare import prepare
+from srr_dist.pipeline.prepare import prepare, scan_weights
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import REST, Run, stored_dtype, unit_name, versions
 from srr_dist.pipeline.stage import Stage, StagePlan
@@ -60,6 +60,8 @@ def quantize(config: RunConfig) -> Outcome:
             return Outcome(plan, {})
         store = ObjectStore(run.output)
         area = RunArea(store, run.fingerprint)
+        if run.fingerprint not in RunArea.find(store):
+            scan_weights(run.checkpoint, run.graph)
         area.begin(run.document())
         seconds = work_off(plan, area, stop)
         finish(run, area, config.job.export)

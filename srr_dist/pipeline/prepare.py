@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from srr_dist.checkpoint.graph import build_graph
+from srr_dist.checkpoint.graph import BlockGraph, build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens
 from srr_dist.config import QuantizeConfig
 from srr_dist.errors import CalibrationError
 from srr_dist.pipeline.run import Run, leave_unquantized
 from srr_dist.solve import make_grid
+
+SCAN_BYTES = 8 * 2**30
 
 
 def prepare(config: QuantizeConfig, output: str, *, on_gpu: bool) -> Run:
@@ -30,6 +32,21 @@ def prepare(config: QuantizeConfig, output: str, *, on_gpu: bool) -> Run:
         source=checkpoint.identity, tokens=tokens_sha256, dtype=str(dtype).removeprefix("torch.")
     )
     return Run(checkpoint, graph, config, dtype, fingerprint, output, unquantized, ids, tokens_sha256)
+
+
+def scan_weights(checkpoint: Checkpoint, graph: BlockGraph) -> None:
+    """Read every weight once, a block at a time, so that NaN and Inf are found before anything else is done.
+
+    Only checkpoints of up to ``SCAN_BYTES`` are: larger ones take longer than the first minute, and each of their
+    blocks is checked when it is read, before it is used.
+
+    Raises:
+        CheckpointError: names file and tensor.
+    """
+    if checkpoint.total_bytes <= SCAN_BYTES:
+        for block in graph.blocks:
+            checkpoint.read(block.tensors)
+        checkpoint.read(graph.rest)
 
 
 def forward_dtype(name: str, checkpoint: Checkpoint, *, on_gpu: bool) -> torch.dtype:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from srr_dist.calibration import InputMoment, accumulator_shape
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, Linear
-from srr_dist.checkpoint.source import check_finite
 from srr_dist.errors import CalibrationError
 from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.base import linear_tensors
@@ -157,7 +156,6 @@ class Stage:
         """Read, check and commit every tensor outside the blocks, as the source has it."""
         started = time.perf_counter()
         tensors = self.run.checkpoint.read(self.run.graph.rest)
-        check_finite(tensors)
         held = _Held(Block(-1, REST, self.run.graph.rest, (), 0), tensors, {}, {"read": time.perf_counter() - started})
         record = self._commit(REST, generation, tensors, {}, [], held, None)
         return {"unit": record.unit, "layers": 0, "seconds": record.seconds}
@@ -165,7 +163,6 @@ class Stage:
     def _hold(self, block: Block, *, collect: bool) -> None:
         started = time.perf_counter()
         tensors = self.run.checkpoint.read(block.tensors)
-        check_finite(tensors)
         self.decoder.load_block(block.index, tensors)
         held = _Held(block, tensors if collect else {}, {})
         if collect and self.run.token_ids.shape[0]:

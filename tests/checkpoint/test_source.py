@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGenera
 
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import build_graph
-from srr_dist.checkpoint.source import TensorEntry, check_finite, open_checkpoint
+from srr_dist.checkpoint.source import TensorEntry, open_checkpoint
 from srr_dist.errors import CheckpointError
 from tests.families import build
 
@@ -230,10 +230,17 @@ def test_multimodal_checkpoint_runs_its_text_decoder(tmp_path: Path) -> None:
         assert torch.equal(decoder.logits(h), model(ids, use_cache=False).logits)
 
 
-def test_check_finite_names_the_tensor_and_counts(llama: Path) -> None:
-    good = torch.ones(4, 4)
-    bad = good.clone()
-    bad[0, 0], bad[1, 2] = float("nan"), float("-inf")
-    check_finite({"good": good, "ids": torch.tensor([1])})
-    with pytest.raises(CheckpointError, match=r"tensor bad: 2 of 16 values are NaN or infinite"):
-        check_finite({"good": good, "bad": bad})
+def test_read_nan_weight_is_refused_by_file_and_tensor(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(llama, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][0, 0], tensors[name][1, 2] = float("nan"), float("-inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(str(folder))
+    assert "model.norm.weight" in checkpoint.read(["model.norm.weight"])
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors: tensor {name}: 2 of \d+ values are NaN or infinite"
+    ):
+        checkpoint.read([name])
