@@ -184,7 +184,7 @@ def test_fingerprint_of_the_defaults_is_a_stable_literal():
 
 
 def test_canonical_json_is_one_byte_string():
-    assert canonical_json({"b": 1, "a": ["é", None, 0.1]}) == b'{"a":["\u00e9",null,0.1],"b":1}'
+    assert canonical_json({"b": 1, "a": ["é", None, 0.1]}) == rb'{"a":["\u00e9",null,0.1],"b":1}'
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json(float("nan"))
     with pytest.raises(TypeError):
