@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.commands import flags, run
 from tests.families import build
 
 WORDS = ["river", "hill", "town", "mill", "water", "bridge", "road", "market", "railway", "church", "ford", "sea"]
@@ -21,6 +24,29 @@ class RayCluster:
     address: str
     raylet: int
     """Process id of the raylet, whose children the workers are."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options that the tests' runs have in common."""
+
+    model: Path
+    text: Path
+    cluster: RayCluster
+
+    def flags(self, output: Path | str, **changes: Any) -> list[str]:
+        """Flags of ``quantize``; ``changes`` win, None leaves an option out."""
+        options: dict[str, Any] = {
+            "model": self.model,
+            "calibration": self.text,
+            "output": output,
+            "num_samples": 8,
+            "seq_len": 32,
+            "rank": 4,
+            "host_memory": "4GiB",  # given, so that no worker has to be asked
+            "ray_address": self.cluster.address,
+        }
+        return flags(**{name: value for name, value in (options | changes).items() if value is not None})
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +76,19 @@ def ray_cluster() -> Iterator[RayCluster]:
         cluster = Cluster(initialize_head=True, head_node_args=head)
         yield RayCluster(cluster.address, cluster.head_node.all_processes["raylet"][0].process.pid)
         cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def job(six_blocks: Path, text: Path, ray_cluster: RayCluster) -> Job:
+    """The run that the tests repeat, disturb and vary."""
+    return Job(six_blocks, text, ray_cluster)
+
+
+@pytest.fixture(scope="session")
+def finished(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of that run, undisturbed, started with relative paths; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    model, text = (os.path.relpath(path, folder) for path in (job.model, job.text))
+    ended = run("quantize", *job.flags("out", model=model, calibration=text), cwd=folder)
+    assert ended.code == 0, ended.err
+    return folder / "out"

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from srr_dist.config import RunConfig
-from srr_dist.errors import PipelineError, SrrError, StoppedError, StoreError
+from srr_dist.errors import OutputError, PipelineError, SrrError, StoppedError, StoreError
 from srr_dist.export import Output, assemble, is_complete, write_views
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Actors, connected
@@ -54,11 +54,11 @@ def quantize(config: RunConfig) -> Outcome:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
     """
     with connected(config.job) as cluster, stop_requests() as stop:
-        run = prepare(config.quantize, config.job.output, on_gpu=bool(cluster.gpus))
+        store = ObjectStore(config.job.output)
+        run = prepare(config.quantize, store.url, on_gpu=bool(cluster.gpus))
         plan = make_plan(run, cluster, config.job.blocks_per_stage)
         if config.job.dry_run:
             return Outcome(plan, {})
-        store = ObjectStore(run.output)
         area = RunArea(store, run.fingerprint)
         if run.fingerprint not in RunArea.find(store):
             scan_weights(run.checkpoint, run.graph)
@@ -76,6 +76,7 @@ def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> Mapping[str, floa
 
     Raises:
         PipelineError: workers died ``ATTEMPTS`` times in a row without a block committed between.
+        OutputError: what the workers commit does not arrive.
         StoppedError: a stop was asked for.
     """
     run = plan.run
@@ -83,11 +84,16 @@ def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> Mapping[str, floa
         return {}
     boundaries = Boundaries(area)
     actors = Actors(plan.cluster, Stage, run, plan.holding.placement, plan.cluster.cpus)
-    failures, window_count = 0, 0
+    failures, window_count, passed = 0, 0, None
     try:
         with _progress(run, area) as progress:
             while missing := missing_units(run, area):
                 window = _next_window(plan, missing, boundaries)
+                if window is not None and window == passed:
+                    raise OutputError(
+                        f"{area.store.url}: {_describe(window)} were worked off, but what the workers committed is not "
+                        "here; use an output that every node of the cluster shares"
+                    )
                 try:
                     _work(actors, plan, window, window_count, missing, progress, stop)
                 except (RayActorError, StoreError) as error:
@@ -98,9 +104,10 @@ def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> Mapping[str, floa
                             "is kept, the same command goes on from there"
                         ) from error
                     log.warning("%s: %s; starting its workers anew", _describe(window), error)
+                    passed = None
                     actors.start()
                 else:
-                    failures, window_count = 0, window_count + 1
+                    failures, window_count, passed = 0, window_count + 1, window
                     if window is not None and window.save is not None and window.start:
                         boundaries.discard(window.start)
         return progress.seconds

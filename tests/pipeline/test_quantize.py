@@ -1,0 +1,279 @@
+"""``python -m srr_dist.quantize`` from start to end, disturbed in every way, always ends in the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import s3fs
+import safetensors.torch
+import torch
+from moto.server import ThreadedMotoServer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from srr_dist import verify
+from srr_dist.config import QuantizeConfig
+from srr_dist.export.adapter import lora_names
+from srr_dist.export.base import PACKED, dense_tensors
+from srr_dist.pipeline.cluster import Cluster
+from srr_dist.pipeline.memory import Budget
+from srr_dist.pipeline.plan import make_plan
+from srr_dist.pipeline.prepare import prepare
+from srr_dist.store import BlockRecord, ObjectStore, RunArea
+from tests.commands import Ended, end, run, start, wait_until
+from tests.conftest import Job, RayCluster
+
+VIEWS = {"README.md", "report.json", "report.html"}
+UNITS = [f"{block:05d}" for block in range(6)] + ["rest"]
+
+
+def record_files(output: Path) -> list[Path]:
+    return sorted(output.glob(".srr/*/blocks/*.json"))
+
+
+def record_contents(output: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in record_files(output)}
+
+
+def records(output: Path) -> dict[str, BlockRecord]:
+    store = ObjectStore(str(output))
+    (fingerprint,) = RunArea.find(store)
+    return RunArea(store, fingerprint).records()
+
+
+def manifest(output: Path) -> bytes:
+    return (output / "manifest.json").read_bytes()
+
+
+def quantize(job: Job, output: Path | str, **changes) -> Ended:
+    ended = run("quantize", *job.flags(output, **changes))
+    assert ended.code == 0, ended.err
+    return ended
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The finished output, to be damaged or extended."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def snapshot(output: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of the last change and content of every file but the views."""
+    files = (path for path in output.rglob("*") if path.is_file() and path.name not in VIEWS)
+    return {str(path.relative_to(output)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_finished_output_is_complete_and_sound(finished, capsys):
+    assert verify.main([str(finished)]) == 0
+    assert "everything is as recorded" in capsys.readouterr().out
+    assert sorted(records(finished)) == UNITS
+    assert {path.name for path in finished.iterdir()} == {"base", "adapter", "manifest.json", "COMMIT", ".srr"} | VIEWS
+    assert list(finished.glob(".srr/*/boundaries/*")) == []
+
+
+def test_finished_output_loads_in_transformers_and_peft_as_it_was_committed(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, finished / "adapter").base_model.model
+    loaded = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    seen = set()
+    for record in records(finished).values():
+        tensors = {kind: safetensors.torch.load_file(finished / entry.path) for kind, entry in record.files.items()}
+        dense = dense_tensors(tensors["base"], bits=3)
+        for packed in (name for name in tensors["base"] if name.endswith(PACKED)):
+            name = packed.removesuffix(PACKED)
+            L, R = (tensors["adapter"][key].float() for key in lora_names(name))
+            module = loaded[name]
+            merged = module.base_layer.weight + module.get_delta_weight("default")
+            assert torch.equal(merged, dense[f"{name}.weight"].float() + L @ R), name
+            seen.add(name)
+    assert seen == set(loaded)
+    assert len(seen) == 6 * 7
+
+
+def test_finished_output_is_nearer_to_the_model_than_its_base_alone(finished):
+    layers = [layer for record in records(finished).values() for layer in record.layers]
+    assert len(layers) == 6 * 7
+    assert all(layer["objective"]["stored"] < layer["energy"] for layer in layers)
+    assert all(layer["objective"]["chosen"] <= layer["objective"]["k0"] for layer in layers)
+
+
+def test_same_command_on_a_finished_output_changes_nothing(job, copied):
+    before = snapshot(copied)
+    ended = quantize(job, copied)
+    assert snapshot(copied) == before
+    assert "is finished already" in ended.err
+    assert "reading weights" not in ended.err
+
+
+def test_views_missing_after_a_kill_are_written_anew(job, copied):
+    for name in VIEWS:
+        (copied / name).unlink()
+    quantize(job, copied)
+    assert {path.name for path in copied.iterdir()} >= VIEWS
+
+
+def test_output_does_not_depend_on_the_number_of_workers_and_windows(job, finished, tmp_path):
+    quantize(job, tmp_path / "out", workers=2, blocks_per_stage=1)
+    assert manifest(tmp_path / "out") == manifest(finished)
+
+
+def test_output_does_not_depend_on_where_moments_lie(job, finished, tmp_path):
+    config = QuantizeConfig(model=str(job.model), calibration=str(job.text), num_samples=8, seq_len=32, rank=4)
+    plan = make_plan(prepare(config, "", on_gpu=False), Cluster(1, 2, 0, Budget(2**40, None)), 1)
+    short = plan.holding.host_bytes - 1  # one block fits with its moments on disk only
+    quantize(job, tmp_path / "out", host_memory=short)
+    planned = [record.stage["planned_memory"]["host"] for record in records(tmp_path / "out").values() if record.stage]
+    assert len(planned) == 6
+    assert max(planned) <= short
+    assert manifest(tmp_path / "out") == manifest(finished)
+
+
+@pytest.mark.parametrize("committed", [1, 4])
+def test_run_whose_driver_is_killed_goes_on_from_what_is_committed(job, finished, tmp_path, committed):
+    output = tmp_path / "out"
+    process = start("quantize", *job.flags(output, blocks_per_stage=1))
+    wait_until(lambda: len(record_files(output)) >= committed, process)
+    process.kill()
+    assert end(process).code == -signal.SIGKILL
+    assert not (output / "COMMIT").exists()
+    before = record_contents(output)
+    assert committed <= len(before) <= len(UNITS)
+
+    ended = quantize(job, output, workers=2)
+    assert f"resuming: {len(before)} of 7 units are committed" in ended.err
+    assert {name: record_contents(output)[name] for name in before} == before
+    assert manifest(output) == manifest(finished)
+
+
+def stage_processes(cluster: RayCluster) -> list[psutil.Process]:
+    """The workers of this cluster, and of no other, that hold a stage."""
+    found = []
+    for process in psutil.Process(cluster.raylet).children(recursive=True):
+        try:
+            if process.cmdline()[0].startswith("ray::Stage"):
+                found.append(process)
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+    return found
+
+
+def test_run_whose_worker_is_killed_replaces_it_and_finishes(job, finished, ray_cluster, tmp_path):
+    output = tmp_path / "out"
+    process = start("quantize", *job.flags(output, blocks_per_stage=1))
+    wait_until(lambda: record_files(output), process)
+    before = record_contents(output)
+    wait_until(lambda: len(stage_processes(ray_cluster)) == 1, process)  # those of earlier runs may be on their way out
+    stage_processes(ray_cluster)[0].kill()
+    ended = end(process)
+    assert ended.code == 0, ended.err
+    assert "starting its workers anew" in ended.err
+    assert {name: record_contents(output)[name] for name in before} == before
+    assert manifest(output) == manifest(finished)
+
+
+def test_run_that_is_asked_to_stop_ends_with_code_75_and_goes_on_later(job, finished, tmp_path):
+    output = tmp_path / "out"
+    process = start("quantize", *job.flags(output, blocks_per_stage=1))
+    wait_until(lambda: record_files(output), process)
+    process.send_signal(signal.SIGTERM)
+    ended = end(process)
+    assert ended.code == 75, ended.err
+    assert len(ended.complaint) == 1
+    assert "run the same command again" in ended.complaint[0]
+    assert not (output / "COMMIT").exists()
+    before = record_contents(output)
+    quantize(job, output)
+    assert {name: record_contents(output)[name] for name in before} == before
+    assert manifest(output) == manifest(finished)
+
+
+def test_another_configuration_on_the_same_output_is_refused_by_field(job, copied):
+    before = snapshot(copied)
+    ended = run("quantize", *job.flags(copied, rank=8))
+    assert ended.code == 2
+    assert len(ended.complaint) == 1
+    assert "identity.rank: 4 -> 8" in ended.complaint[0]
+    assert "Traceback" not in ended.err
+    assert snapshot(copied) == before
+
+
+def test_damaged_blocks_alone_are_redone_in_the_next_generation(job, finished, copied):
+    damaged = records(copied)
+    (copied / damaged["00001"].files["base"].path).unlink()
+    truncated = copied / damaged["00004"].files["adapter"].path
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    (copied / "base" / "model-00003-of-00007.safetensors").unlink()
+    quantize(job, copied)
+    again = records(copied)
+    assert {unit: record.generation for unit, record in again.items() if record.generation > 1} == {
+        "00001": 2,
+        "00004": 2,
+    }
+    assert all(again[unit] == damaged[unit] for unit in again if unit not in ("00001", "00004"))
+    assert manifest(copied) == manifest(finished)
+    assert verify.main([str(copied)]) == 0
+
+
+def test_dense_export_is_added_to_a_finished_output(job, finished, copied):
+    before = record_contents(copied)
+    quantize(job, copied, export="dense")
+    assert record_contents(copied) == before
+    assert (copied / "base" / "config.json").exists()
+    assert verify.main([str(copied)]) == 0
+    dense = AutoModelForCausalLM.from_pretrained(copied / "dense", dtype=torch.float32).state_dict()
+    unmerged = AutoModelForCausalLM.from_pretrained(finished / "base", dtype=torch.float32)
+    unmerged = PeftModel.from_pretrained(unmerged, finished / "adapter").merge_and_unload().state_dict()
+    assert dense.keys() == unmerged.keys()
+    for name, tensor in dense.items():
+        torch.testing.assert_close(tensor, unmerged[name], rtol=0, atol=1e-6)
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(job, tmp_path):
+    ended = quantize(job, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    for shown in (
+        "blocks         6",
+        "windows        2",
+        "memory         host per worker",
+        "source read",
+        "blocks 4–5",
+    ):
+        assert shown in ended.out
+
+
+def test_output_that_the_workers_do_not_share_is_refused_after_one_window(job):
+    ended = run("quantize", *job.flags("memory://out", blocks_per_stage=1))
+    assert ended.code == 2, ended.err
+    assert len(ended.complaint) == 1
+    assert "blocks 0–0 were worked off" in ended.complaint[0]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket on a server that AWS's environment variables lead to."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+def test_output_on_s3_from_a_model_on_s3_has_the_same_bytes(job, finished, bucket, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    source = ObjectStore(f"{bucket}/model")
+    for file in job.model.iterdir():
+        source.put(file.name, file.read_bytes())
+    output = ObjectStore(f"{bucket}/runs/out")
+    quantize(job, output.url, model=source.url, ray_address=None)  # Ray embedded, as on a laptop
+    assert output.get("manifest.json") == manifest(finished)
+    ended = run("verify", output.url)
+    assert ended.code == 0, ended.out
