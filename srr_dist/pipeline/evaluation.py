@@ -25,7 +25,7 @@ from srr_dist.pipeline.cluster import Actors, Cluster, connected
 from srr_dist.pipeline.comparison import Comparison, compare
 from srr_dist.pipeline.host import worker_device
 from srr_dist.pipeline.memory import Workload, choose_holding
-from srr_dist.pipeline.plan import graph_needs, hidden_size
+from srr_dist.pipeline.plan import graph_needs, hidden_size, rest_bytes
 from srr_dist.pipeline.prepare import forward_dtype
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import dtype_name
@@ -144,7 +144,14 @@ def evaluate(config: EvaluationConfig, job: JobConfig) -> dict[str, Any]:
     with connected(job) as cluster:
         dtype = forward_dtype(config.dtype, checkpoint, on_gpu=bool(cluster.gpus))
         work = Workload(
-            config.seq_len, hidden_size(checkpoint), dtype.itemsize, "identity", frozenset(), bool(cluster.gpus), 2
+            seq_len=config.seq_len,
+            hidden_size=hidden_size(checkpoint),
+            compute_bytes=dtype.itemsize,
+            scaling="identity",
+            quantized=frozenset(),
+            on_gpu=bool(cluster.gpus),
+            copies=2,
+            outside=rest_bytes(checkpoint, graph, dtype.itemsize),
         )
         needs = graph_needs(checkpoint, graph, work, dtype_name(dtype))
         holding = choose_holding(graph.blocks, needs, work, cluster.budget, job.blocks_per_stage)

@@ -35,6 +35,8 @@ class Workload:
     on_gpu: bool
     copies: int = 1
     """Versions of each block held side by side: two while an original and a quantized model are compared."""
+    outside: int = 0
+    """Bytes of the tensors outside the blocks, which the first stage holds while it embeds the tokens."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ def choose_holding(
     placements = PLACEMENTS if work.on_gpu else PLACEMENTS[1:]
     for placement in placements:
         for count in range(min(most, len(blocks)), 0, -1):
-            host, gpu = _peak(needs, count, placement, work.on_gpu)
+            host, gpu = _peak(needs, count, placement, work)
             if host <= budget.host and gpu <= (budget.gpu or 0):
                 return Holding(count, placement, host, gpu)
-    host, gpu = _peak(needs, 1, placements[-1], work.on_gpu)
+    host, gpu = _peak(needs, 1, placements[-1], work)
     name, needed, allowed = "host_memory", host, budget.host
     if budget.gpu is not None and gpu > budget.gpu:
         name, needed, allowed = "gpu_memory", gpu, budget.gpu
@@ -114,16 +116,16 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _peak(needs: Sequence[Need], count: int, placement: str, on_gpu: bool) -> tuple[int, int]:
+def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> tuple[int, int]:
     """Host and GPU bytes at the peak of a stage that holds ``count`` of the largest blocks."""
     largest = sorted(needs, key=lambda need: need.weights + need.source + need.moments, reverse=True)[:count]
     weights = sum(need.weights for need in largest)
     moments = sum(need.moments for need in largest)
     passing = max(max(need.forward, need.solve) for need in needs)
     host = PROCESS_BYTES + sum(need.source for need in largest) + (moments if placement == "host" else 0)
-    if on_gpu:
-        return host, weights + passing + (moments if placement == "device" else 0)
-    return host + weights + passing, 0
+    if work.on_gpu:
+        return host + work.outside, work.outside + weights + passing + (moments if placement == "device" else 0)
+    return host + work.outside + weights + passing, 0
 
 
 def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:

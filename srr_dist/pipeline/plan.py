@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         scaling=run.config.scaling,
         quantized=run.quantized,
         on_gpu=bool(cluster.gpus),
+        outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),
     )
     needs = graph_needs(run.checkpoint, run.graph, work, dtype_name(run.dtype))
     per_stage = min(blocks_per_stage, -(-len(needs) // cluster.workers))
@@ -93,6 +95,11 @@ def graph_needs(checkpoint: Checkpoint, graph: BlockGraph, work: Workload, dtype
         kept = sum(entry.nbytes for entry in entries if work.on_gpu or not entry.dtype.startswith(same))
         needs.append(block_need(block, kept, work))
     return tuple(needs)
+
+
+def rest_bytes(checkpoint: Checkpoint, graph: BlockGraph, itemsize: int) -> int:
+    """Bytes of the tensors outside the blocks, ``itemsize`` a value."""
+    return sum(math.prod(checkpoint.tensors[name].shape) for name in graph.rest) * itemsize
 
 
 def hidden_size(checkpoint: Checkpoint) -> int:
