@@ -11,7 +11,7 @@ from srr_dist.errors import ConfigError
 from srr_dist.pipeline.cluster import Cluster
 from srr_dist.pipeline.driver import stage_plans
 from srr_dist.pipeline.memory import PROCESS_BYTES, Budget
-from srr_dist.pipeline.plan import Plan, make_plan, output_bytes
+from srr_dist.pipeline.plan import Plan, make_plan, rest_bytes, output_bytes
 from srr_dist.pipeline.prepare import prepare
 from srr_dist.pipeline.run import Run
 from tests.families import build
@@ -54,7 +54,9 @@ def test_windows_share_the_blocks_among_the_workers(model, text, workers, per_st
 def test_windows_shrink_where_memory_is_short(model, text):
     run = make_run(model, text)
     need = max(plan(run).needs, key=lambda need: need.weights)
-    two_blocks = PROCESS_BYTES + 2 * (need.weights + need.source + need.moments) + max(need.forward, need.solve)
+    outside = rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize)
+    two_blocks = PROCESS_BYTES + outside + 2 * (need.weights + need.source + need.moments)
+    two_blocks += max(need.forward, need.solve)
     found = plan(run, budget=Budget(two_blocks, None))
     assert found.holding.blocks == 2
     assert found.holding.host_bytes <= two_blocks < plan(run).holding.host_bytes
