@@ -11,7 +11,7 @@ from srr_dist.errors import ConfigError
 from srr_dist.pipeline.cluster import Cluster
 from srr_dist.pipeline.driver import stage_plans
 from srr_dist.pipeline.memory import PROCESS_BYTES, Budget
-from srr_dist.pipeline.plan import Plan, make_plan, rest_bytes, output_bytes
+from srr_dist.pipeline.plan import Plan, make_plan, output_bytes, rest_bytes
 from srr_dist.pipeline.prepare import prepare
 from srr_dist.pipeline.run import Run
 from tests.families import build
