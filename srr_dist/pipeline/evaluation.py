@@ -30,6 +30,7 @@ from srr_dist.pipeline.prepare import forward_dtype
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import dtype_name
 from srr_dist.pipeline.windows import all_windows, batches
+from srr_dist.store import RunArea
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class EvaluationStage:
 
     def embed(self, ids: Any) -> hidden_states.Payload:
         """Hidden states of token ids ``[B, T]``, for the original and the quantized model: ``[2 B, T, d]``."""
-        hidden = [self.original.embed(row.unsqueeze(0)) for row in torch.from_numpy(ids)]
+        hidden = [self.original.embed(row.unsqueeze(0)) for row in torch.tensor(ids)]
         return hidden_states.pack([*hidden, *hidden])
 
     def forward(self, payload: hidden_states.Payload) -> hidden_states.Payload:
@@ -98,7 +99,7 @@ class EvaluationStage:
         sequences = hidden_states.unpack(payload, self.dtype)
         half = len(sequences) // 2
         total = Comparison()
-        for row, original, quantized in zip(torch.from_numpy(ids), sequences[:half], sequences[half:], strict=True):
+        for row, original, quantized in zip(torch.tensor(ids), sequences[:half], sequences[half:], strict=True):
             logits = [self.original.logits(hidden.to(self.device))[0] for hidden in (original, quantized)]
             total += compare(logits[0], logits[1], row.to(self.device))
         return total
@@ -123,17 +124,13 @@ def evaluate(config: EvaluationConfig, job: JobConfig) -> dict[str, Any]:
         adapters), and what was read: text, its hash, num_samples, seq_len.
 
     Raises:
-        OutputError: the quantized model is unfinished or made from a model of another shape.
+        OutputError: the quantized model is unfinished or made from another model.
         SrrError: the model or the text cannot be read.
     """
     quantized = QuantizedModel.open(config.quantized)
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     graph = build_graph(checkpoint)
-    if quantized.block_count != len(graph.blocks):
-        raise OutputError(
-            f"{config.quantized}: {quantized.block_count} decoder blocks, but {config.model} has {len(graph.blocks)}; "
-            "name the model it was made from"
-        )
+    _refuse_another_model(quantized, checkpoint, len(graph.blocks))
     tokens = evaluation_tokens(
         config.text,
         checkpoint.tokenizer(),
@@ -169,6 +166,18 @@ def evaluate(config: EvaluationConfig, job: JobConfig) -> dict[str, Any]:
         "seq_len": config.seq_len,
     }
     return total.figures() | {"bits_per_weight": bits_per_weight(quantized.manifest.layers.values())} | read
+
+
+def _refuse_another_model(quantized: QuantizedModel, checkpoint: Checkpoint, blocks: int) -> None:
+    """An output whose working area was removed says no more than its number of blocks."""
+    area = RunArea(quantized.store, quantized.manifest.fingerprint)
+    begun = area.store.exists(area.path("run.json"))
+    made_from = area.run()["identity"]["source"] if begun else checkpoint.identity
+    if (made_from, quantized.block_count) != (checkpoint.identity, blocks):
+        raise OutputError(
+            f"{area.store.url}: made from model {made_from[:8]} of {quantized.block_count} decoder blocks, but "
+            f"{checkpoint.model} is {checkpoint.identity[:8]} of {blocks}; name the model it was made from"
+        )
 
 
 def _stream(
