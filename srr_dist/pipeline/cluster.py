@@ -39,7 +39,7 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
     """Join the Ray cluster of ``--ray-address`` or RAY_ADDRESS, or start one in this process's machine.
 
     Raises:
-        ConfigError: no cluster answers at the address, or it has fewer GPUs than ``--workers``.
+        ConfigError: no cluster answers at the address, or it has fewer GPUs (without any: CPUs) than ``--workers``.
     """
     address = job.ray_address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
@@ -69,8 +69,9 @@ def _survey(job: JobConfig) -> Cluster:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     workers = job.workers or gpus or 1
-    if gpus and workers > gpus:
-        raise ConfigError(f"workers: {workers} asked for, but the cluster has {gpus} GPUs; ask for at most {gpus}")
+    most, kind = (gpus, "GPUs") if gpus else (sum(int(node["CPU"]) for node in nodes), "CPUs")
+    if workers > most:  # Ray would wait for more nodes without end
+        raise ConfigError(f"workers: {workers} asked for, but the cluster has {most} {kind}; ask for at most {most}")
     if gpus:
         return Cluster(workers, cpus=1, gpus=1, budget=_budget(job, per_node=1, gpus=1))
     per_node = -(-workers // len(nodes))

@@ -1,0 +1,204 @@
+"""Every option has an effect: on the solved bytes where it is fingerprinted, on the execution where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from srr_dist.config import JobConfig, QuantizeConfig
+from srr_dist.errors import CheckpointError, ConfigError
+from srr_dist.pipeline.cluster import Cluster, connected
+from srr_dist.pipeline.driver import finish
+from srr_dist.pipeline.memory import Budget
+from srr_dist.pipeline.prepare import prepare
+from srr_dist.pipeline.stage import Stage, StagePlan
+from srr_dist.store import BlockRecord, RunArea, read_complete
+from tests.conftest import RayCluster
+from tests.families import build
+
+DEFAULTS: dict[str, Any] = {"rank": 4, "num_samples": 4, "seq_len": 24, "split": "fixed:2"}
+
+CHANGES: list[dict[str, Any]] = [
+    {"method": "qer"},
+    {"method": "none"},
+    {"grid": "int"},
+    {"bits": 2},
+    {"bits": 4},
+    {"bits": 8},
+    {"group_size": 16},
+    {"group_size": -1},
+    {"rank": 5},
+    {"split": "search"},
+    {"split": "criterion"},
+    {"split": "energy"},
+    {"split": "fixed:1"},
+    {"form": "split"},
+    {"scaling": "diag"},
+    {"scaling": "lqer"},
+    {"scaling": "identity"},
+    {"num_samples": 3},
+    {"seq_len": 16},
+    {"seed": 1},
+    {"include": "mlp"},
+    {"exclude": "q_proj"},
+    {"dtype": "bfloat16"},
+]
+LOCATIONS = {"model", "calibration"}
+"""Options whose content counts."""
+REFUSALS = {"revision", "max_bad_rows"}
+"""Options that decide whether a run is refused; the latter is tested with the stage."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A model of one block, solved under some options."""
+
+    fingerprint: str
+    record: BlockRecord
+    area: RunArea
+
+    @property
+    def contents(self) -> dict[str, str]:
+        return {kind: entry.sha256 for kind, entry in self.record.files.items()}
+
+
+class Solver:
+    """Solves a model of one block under varying options, without Ray."""
+
+    def __init__(self, model: Path, text: Path, folder: Path) -> None:
+        self.model, self.text, self.folder = model, text, folder
+        self.default = self.solve()
+
+    def solve(self, **changes: Any) -> Solved:
+        options = {"model": str(self.model), "calibration": str(self.text)} | DEFAULTS | changes
+        output = self.folder / str(len(list(self.folder.iterdir())))
+        run = prepare(QuantizeConfig(**options), str(output), on_gpu=False)
+        stage = Stage(run, "host", threads=1)
+        stage.open(StagePlan(0, 0, (0,), frozenset({0}), start=0, save=None, last=True, planned_memory={"host": 1}))
+        stage.forward(range(len(run.token_ids)), None)
+        stage.end_forward()
+        stage.area.begin(run.document())
+        stage.solve(0, 1)
+        stage.store_rest(1)
+        finish(run, stage.area, "compressed")
+        return Solved(run.fingerprint, stage.area.records()["00000"], stage.area)
+
+
+@pytest.fixture(scope="module")
+def solver(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Solver]:
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    model = build("llama", tmp_path_factory.mktemp("one-block"), num_hidden_layers=1)
+    yield Solver(model, text, tmp_path_factory.mktemp("solved"))
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(gradients)
+
+
+def test_same_options_give_the_same_bytes(solver):
+    again = solver.solve()
+    assert again.fingerprint == solver.default.fingerprint
+    assert again.contents == solver.default.contents
+    assert again.record.attempt != solver.default.record.attempt
+
+
+def test_table_of_changes_names_every_option():
+    named = {name for change in CHANGES for name in change}
+    assert named | LOCATIONS | REFUSALS == {field.name for field in fields(QuantizeConfig)}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()))
+def test_option_changes_fingerprint_and_bytes(solver, change):
+    changed = solver.solve(**change)
+    assert changed.fingerprint != solver.default.fingerprint
+    assert changed.contents != solver.default.contents
+
+
+def test_another_model_or_text_changes_fingerprint_and_bytes(solver, tmp_path):
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(solver.text.read_text()[100:])
+    other_model = build("llama", tmp_path / "other", num_hidden_layers=1, initializer_range=0.2)
+    for change in ({"calibration": str(other_text)}, {"model": str(other_model)}):
+        changed = solver.solve(**change)
+        assert changed.fingerprint != solver.default.fingerprint
+        assert changed.contents != solver.default.contents
+
+
+def test_method_none_makes_no_adapter(solver):
+    solved = solver.solve(method="none")
+    assert set(solved.contents) == {"base"}
+    assert read_complete(solved.area.store).exports == ["base"]
+
+
+def test_method_qer_preserves_nothing(solver):
+    assert {layer["k"] for layer in solver.solve(method="qer").record.layers} == {0}
+    assert {layer["k"] for layer in solver.default.record.layers} == {2}
+
+
+def test_rank_above_a_layers_size_is_cut(solver):
+    ranks = {layer["type"]: layer["rank"] for layer in solver.solve(rank=50).record.layers}
+    assert ranks["self_attn.k_proj"] == 32
+    assert ranks["mlp.up_proj"] == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "left", "reason"),
+    [
+        ({"include": r"mlp\."}, {"q_proj", "k_proj", "v_proj", "o_proj"}, "not selected"),
+        ({"exclude": "down_proj|o_proj"}, {"down_proj", "o_proj"}, "not selected"),
+        (
+            {"include": "self_attn", "exclude": "k_proj"},
+            {"k_proj", "gate_proj", "up_proj", "down_proj"},
+            "not selected",
+        ),
+        ({"group_size": 128}, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}, "no multiple of"),
+    ],
+    ids=["include", "exclude", "both", "group size that does not divide"],
+)
+def test_layers_left_unquantized_are_listed_everywhere(solver, change, left, reason):
+    solved = solver.solve(**change)
+    store = solved.area.store
+    report, manifest = store.get_json("report.json"), read_complete(store)
+    quantization = store.get_json("base/config.json")["quantization_config"]
+    listed = {entry["name"]: entry["reason"] for entry in report["unquantized"]}
+    assert {name.rpartition(".")[2] for name in listed} == left
+    assert all(reason in why for why in listed.values())
+    assert set(manifest.unquantized) == set(listed)
+    assert set(quantization["ignore"]) == set(listed) | {"lm_head", "model.embed_tokens"}
+    assert {layer["name"].rpartition(".")[2] for layer in solved.record.layers}.isdisjoint(left)
+    assert len(report["layers"]) == 7 - len(left)
+
+
+@pytest.mark.parametrize("change", [{"include": "nothing"}, {"exclude": "."}, {"group_size": 48}], ids=str)
+def test_options_that_leave_nothing_to_quantize_are_refused(solver, change):
+    with pytest.raises(ConfigError, match="none of the 7 linear layers would be quantized"):
+        solver.solve(**change)
+
+
+def test_revision_of_what_has_none_is_refused(solver):
+    with pytest.raises(CheckpointError, match="only hub ids have revisions"):
+        solver.solve(revision="main")
+
+
+def cluster_of(ray_cluster: RayCluster, **options: Any) -> Cluster:
+    with connected(JobConfig(ray_address=ray_cluster.address, **options)) as cluster:
+        return cluster
+
+
+def test_workers_and_host_memory_share_out_the_cluster(ray_cluster):
+    assert cluster_of(ray_cluster, host_memory="3GiB") == Cluster(1, 2, 0, Budget(3 * 2**30, None))
+    assert cluster_of(ray_cluster, host_memory="2G", workers=2) == Cluster(2, 1, 0, Budget(2 * 10**9, None))
+
+
+def test_host_memory_is_a_share_of_what_is_free_unless_given(ray_cluster):
+    budget = cluster_of(ray_cluster, workers=2).budget
+    assert 0 < 2 * budget.host < psutil.virtual_memory().total
+
+
+def test_more_workers_than_cpus_are_refused(ray_cluster):
+    with pytest.raises(ConfigError, match=r"^workers: 3 asked for, but the cluster has 2 CPUs"):
+        cluster_of(ray_cluster, workers=3, host_memory="1GiB")
