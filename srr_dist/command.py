@@ -34,7 +34,8 @@ def add_options(parser: argparse.ArgumentParser, fields: Iterable[Field[Any]]) -
 
 def run_parser(verb: str, description: str) -> argparse.ArgumentParser:
     """The parser of a verb that takes a whole run's options."""
-    parser = argparse.ArgumentParser(prog=f"srr-dist {verb}", description=description)
+    usage = f"srr-dist {verb} --model MODEL --calibration TEXT --output OUTPUT [option …]"
+    parser = argparse.ArgumentParser(prog=f"srr-dist {verb}", usage=usage, description=description)
     parser.add_argument("--recipe", default=None, help="YAML file of the options below; flags win over it")
     add_options(parser, QuantizeConfig.__dataclass_fields__.values())
     add_options(parser, JobConfig.__dataclass_fields__.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from srr_dist.pipeline.memory import Budget
 log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 2**30  # of the embedded Ray; a few messages of 64 MiB are in flight
+KNOCK_SECONDS = 10.0
 _SHARE_OF_FREE = {"host": 0.8, "gpu": 0.9}
 
 
@@ -45,6 +47,7 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     try:
         if address:
+            _require_answer(address)
             ray.init(address=address, **quiet)
         else:
             # Ray runs workers at nice 15, so that any other process starves them; here they are the machine's work.
@@ -56,12 +59,19 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **quiet,
             )
-    except (ConnectionError, TimeoutError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"ray_address: no Ray cluster answers at {address!r}: {error}") from error
     try:
         yield _survey(job)
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Knock at ``[ray://]host:port``, where Ray itself would go on trying for minutes; OSError if nobody answers."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
 def _survey(job: JobConfig) -> Cluster:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from srr_dist.errors import StoreError
+from srr_dist.errors import OutputError, StoreError
 from srr_dist.store.backend import Backend
 from srr_dist.store.documents import decode
 from srr_dist.store.local import LocalFolder
@@ -40,7 +40,8 @@ class ObjectStore:
     """All objects under one URL: a local folder, ``memory://…``, ``s3://bucket/…`` or another fsspec URL.
 
     Objects appear whole or not at all and are named by relative POSIX paths (see srr_dist.store.paths). Instances can
-    be pickled and may be shared by threads. Every failure is a StoreError that names the object.
+    be pickled and may be shared by threads. Every failure is a StoreError that names the object; a URL that names a
+    local file is an OutputError.
     """
 
     def __init__(self, url: str) -> None:
@@ -165,6 +166,8 @@ def _open(url: str) -> tuple[Backend, str]:
     """The backend, and the URL that names the same place from any working directory."""
     if "://" not in url or urlsplit(url).scheme in {"file", "local"}:
         root = Path(url.partition("://")[2] or url).expanduser().absolute()
+        if root.exists() and not root.is_dir():
+            raise OutputError(f"{root}: a file, expected a folder or nothing yet; name another location")
         return LocalFolder(root), str(root)
     try:
         return open_remote(url), url
