@@ -28,10 +28,17 @@ VOCAB = 512
 def write_checkpoint(folder: Path, depth: int, hidden: int, intermediate: int) -> Path:
     """A random Llama of that depth, one shard per block, with a byte tokenizer."""
     folder.mkdir()
+    heads = hidden // 64
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=depth,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, dtype=torch.bfloat16, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     vocabulary = {chr(i + 33): i for i in range(VOCAB - 1)} | {"<unk>": VOCAB - 1}
