@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.commands import flags, run
 from tests.families import build
 
 WORDS = ["river", "hill", "town", "mill", "water", "bridge", "road", "market", "railway", "church", "ford", "sea"]
+
+
+settings.register_profile("shared machine", deadline=None)  # a busy machine makes no property false
+settings.load_profile("shared machine")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Job:
     text: Path
     cluster: RayCluster
 
-    def flags(self, output: Path | str, **changes: Any) -> list[str]:
+    def flags(self, output: Path | str, /, **changes: Any) -> list[str]:
         """Flags of ``quantize``; ``changes`` win, None leaves an option out."""
         options: dict[str, Any] = {
             "model": self.model,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from srr_dist import verify
+from srr_dist import evaluate, verify
 from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import evaluation_tokens
-from tests.commands import Ended, flags, run
+from srr_dist.export import add_evaluation
+from srr_dist.store import ObjectStore
+from tests.commands import flags, run
 from tests.conftest import Job
 from tests.families import VOCAB_SIZE, build
 
@@ -22,8 +26,8 @@ SAMPLES, LENGTH = 5, 40
 MEASURED = ("perplexity_original", "perplexity", "kl", "top1_agreement", "expected_acceptance")
 
 
-def evaluate(job: Job, quantized: Path, *more: str, **changes) -> Ended:
-    options = {
+def options(job: Job, quantized: Path, **changes) -> list[str]:
+    given = {
         "model": job.model,
         "quantized": quantized,
         "text": job.text,
@@ -32,16 +36,34 @@ def evaluate(job: Job, quantized: Path, *more: str, **changes) -> Ended:
         "host_memory": "4GiB",
         "ray_address": job.cluster.address,
     }
-    return run("evaluate", *flags(**(options | changes)), *more)
+    return flags(**(given | changes))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A finished output, evaluated without and then with a record."""
+
+    output: Path
+    unrecorded: dict[str, Any]
+    report: dict[str, Any]
+    """report.json after the first."""
+    recorded: dict[str, Any]
+    file: dict[str, Any]
+    """What ``--json`` wrote."""
 
 
 @pytest.fixture(scope="module")
-def evaluated(job: Job, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """The finished output with one evaluation, and its figures; not to be changed."""
-    output = Path(shutil.copytree(finished, tmp_path_factory.mktemp("evaluated") / "out"))
-    ended = evaluate(job, output)
-    assert ended.code == 0, ended.err
-    return output, json.loads(ended.out)
+def evaluated(job: Job, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """Evaluated by one worker, then by two; not to be changed."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    output = Path(shutil.copytree(finished, folder / "out"))
+    first = run("evaluate", *options(job, output, no_record=True))
+    assert first.code == 0, first.err
+    report = json.loads((output / "report.json").read_text())
+    second = run("evaluate", *options(job, output, workers=2, blocks_per_stage=2, json=folder / "figures.json"))
+    assert second.code == 0, second.err
+    written = json.loads((folder / "figures.json").read_text())
+    return Evaluated(output, json.loads(first.out), report, json.loads(second.out), written)
 
 
 def reference(job: Job, output: Path) -> dict[str, float]:
@@ -64,61 +86,63 @@ def reference(job: Job, output: Path) -> dict[str, float]:
 
 
 def test_figures_equal_those_of_transformers_and_peft(job, evaluated):
-    output, figures = evaluated
-    expected = reference(job, output)
-    assert {name: figures[name] for name in MEASURED} == pytest.approx(expected, rel=1e-3)
+    figures = evaluated.unrecorded
+    assert {name: figures[name] for name in MEASURED} == pytest.approx(reference(job, evaluated.output), rel=1e-3)
     assert figures["tokens"] == SAMPLES * (LENGTH - 1)
     assert figures["kl"] > 1e-4  # else the comparison above says little
 
 
-def test_figures_do_not_depend_on_the_number_of_workers(job, evaluated):
-    output, figures = evaluated
-    before = (output / "report.json").read_bytes()
-    ended = evaluate(job, output, "--no-record", workers=2, blocks_per_stage=2)
-    assert ended.code == 0, ended.err
-    assert json.loads(ended.out) == figures
-    assert (output / "report.json").read_bytes() == before
+def test_figures_do_not_depend_on_the_number_of_workers(evaluated):
+    assert evaluated.recorded == evaluated.unrecorded == evaluated.file
 
 
 def test_figures_are_kept_with_the_output_and_shown_in_its_views(evaluated):
-    output, figures = evaluated
-    report = json.loads((output / "report.json").read_text())
-    assert report["evaluations"] == [figures]
-    card = (output / "README.md").read_text()
+    report = json.loads((evaluated.output / "report.json").read_text())
+    assert report["evaluations"] == [evaluated.recorded]
+    card = (evaluated.output / "README.md").read_text()
     assert "perplexity_original" in card
-    assert f"{figures['tokens']:,} tokens" in card
-    assert verify.main([str(output)]) == 0
+    assert f"{evaluated.recorded['tokens']:,} tokens" in card
+    assert verify.main([str(evaluated.output)]) == 0
 
 
-def test_second_evaluation_on_the_same_text_replaces_the_first(job, evaluated, tmp_path):
-    output = Path(shutil.copytree(evaluated[0], tmp_path / "out"))
-    written = tmp_path / "figures.json"
-    ended = evaluate(job, output, json=written)
-    assert ended.code == 0, ended.err
-    assert json.loads(written.read_text()) == json.loads(ended.out)
-    assert json.loads((output / "report.json").read_text())["evaluations"] == [evaluated[1]]
+def test_figures_that_are_not_to_be_recorded_leave_the_output_as_it_is(evaluated):
+    assert evaluated.report["evaluations"] == []
 
 
-def test_model_of_another_depth_is_refused(job, finished, tmp_path):
+def test_second_evaluation_on_the_same_text_replaces_the_first(evaluated, tmp_path):
+    output = Path(shutil.copytree(evaluated.output, tmp_path / "out"))
+    again, other = evaluated.recorded | {"kl": 0.5}, evaluated.recorded | {"text_sha256": "00" * 32}
+    add_evaluation(ObjectStore(str(output)), again)
+    assert json.loads((output / "report.json").read_text())["evaluations"] == [again]
+    add_evaluation(ObjectStore(str(output)), other)
+    found = json.loads((output / "report.json").read_text())["evaluations"]
+    assert sorted(each["kl"] for each in found) == sorted([again["kl"], other["kl"]])
+
+
+def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that bad input gets."""
+    assert evaluate.main(arguments) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    (line,) = (line for line in captured.err.splitlines() if line.startswith("srr-dist: "))
+    return line
+
+
+def test_model_of_another_depth_is_refused(job, finished, tmp_path, capfd):
     other = build("llama", tmp_path / "other", num_hidden_layers=5)
-    ended = evaluate(job, finished, model=other)
-    assert ended.code == 2
-    assert len(ended.complaint) == 1
-    assert "6 decoder blocks" in ended.complaint[0]
-    assert str(other) in ended.complaint[0]
+    line = refused(options(job, finished, model=other), capfd)
+    assert "of 6 decoder blocks" in line
+    assert f"{other} is" in line
 
 
-def test_model_of_other_weights_is_refused(job, finished, tmp_path):
+def test_model_of_other_weights_is_refused(job, finished, tmp_path, capfd):
     other = build("llama", tmp_path / "other", num_hidden_layers=6, initializer_range=0.2)
-    ended = evaluate(job, finished, "--no-record", model=other)
-    assert ended.code == 2
-    assert len(ended.complaint) == 1
-    assert str(other) in ended.complaint[0]
+    line = refused(options(job, finished, model=other), capfd)
+    assert "name the model it was made from" in line
+    assert f"{other} is" in line
 
 
-def test_unfinished_output_is_refused(job, finished, tmp_path):
+def test_unfinished_output_is_refused(job, finished, tmp_path, capfd):
     output = Path(shutil.copytree(finished, tmp_path / "out"))
     (output / "COMMIT").unlink()
-    ended = evaluate(job, output)
-    assert ended.code == 2
-    assert "not a finished output" in ended.complaint[0]
+    assert "not a finished output" in refused(options(job, output), capfd)

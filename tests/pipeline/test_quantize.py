@@ -16,6 +16,7 @@ from moto.server import ThreadedMotoServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from srr_dist import quantize as verb
 from srr_dist import verify
 from srr_dist.config import QuantizeConfig
 from srr_dist.export.adapter import lora_names
@@ -54,6 +55,11 @@ def quantize(job: Job, output: Path | str, **changes) -> Ended:
     ended = run("quantize", *job.flags(output, **changes))
     assert ended.code == 0, ended.err
     return ended
+
+
+def quantize_here(job: Job, output: Path, **changes) -> int:
+    """The same in this process, which has imported everything: for runs that have nothing to compute."""
+    return verb.main(job.flags(output, **changes))
 
 
 @pytest.fixture
@@ -113,7 +119,7 @@ def test_same_command_on_a_finished_output_changes_nothing(job, copied):
 def test_views_missing_after_a_kill_are_written_anew(job, copied):
     for name in VIEWS:
         (copied / name).unlink()
-    quantize(job, copied)
+    assert quantize_here(job, copied) == 0
     assert {path.name for path in copied.iterdir()} >= VIEWS
 
 
@@ -133,19 +139,37 @@ def test_output_does_not_depend_on_where_moments_lie(job, finished, tmp_path):
     assert manifest(tmp_path / "out") == manifest(finished)
 
 
-@pytest.mark.parametrize("committed", [1, 4])
-def test_run_whose_driver_is_killed_goes_on_from_what_is_committed(job, finished, tmp_path, committed):
-    output = tmp_path / "out"
+def killed(job: Job, output: Path, committed: int) -> dict[str, bytes]:
+    """Begin a run, kill its driver when this many units are committed; returns the records it leaves."""
     process = start("quantize", *job.flags(output, blocks_per_stage=1))
     wait_until(lambda: len(record_files(output)) >= committed, process)
     process.kill()
     assert end(process).code == -signal.SIGKILL
     assert not (output / "COMMIT").exists()
-    before = record_contents(output)
-    assert committed <= len(before) <= len(UNITS)
+    return record_contents(output)
 
+
+@pytest.mark.parametrize("committed", [1, 4])
+def test_run_whose_driver_is_killed_goes_on_from_what_is_committed(job, finished, tmp_path, committed):
+    output = tmp_path / "out"
+    before = killed(job, output, committed)
+    assert committed <= len(before) <= len(UNITS)
     ended = quantize(job, output, workers=2)
-    assert f"resuming: {len(before)} of 7 units are committed" in ended.err
+    assert "units are committed" in ended.err
+    assert "starting its workers anew" not in ended.err
+    assert {name: record_contents(output)[name] for name in before} == before
+    assert manifest(output) == manifest(finished)
+
+
+def test_run_killed_and_left_with_damaged_boundaries_goes_back_to_the_tokens(job, finished, tmp_path):
+    output = tmp_path / "out"
+    before = killed(job, output, committed=3)
+    stored = list(output.glob(".srr/*/boundaries/*/*.safetensors"))
+    assert stored
+    for file in stored:
+        file.write_bytes(file.read_bytes()[:-1])
+    ended = quantize(job, output)
+    assert "missing or damaged" in ended.err
     assert {name: record_contents(output)[name] for name in before} == before
     assert manifest(output) == manifest(finished)
 
@@ -192,13 +216,13 @@ def test_run_that_is_asked_to_stop_ends_with_code_75_and_goes_on_later(job, fini
     assert manifest(output) == manifest(finished)
 
 
-def test_another_configuration_on_the_same_output_is_refused_by_field(job, copied):
+def test_another_configuration_on_the_same_output_is_refused_by_field(job, copied, capfd):
     before = snapshot(copied)
-    ended = run("quantize", *job.flags(copied, rank=8))
-    assert ended.code == 2
-    assert len(ended.complaint) == 1
-    assert "identity.rank: 4 -> 8" in ended.complaint[0]
-    assert "Traceback" not in ended.err
+    assert quantize_here(job, copied, rank=8) == 2
+    shown = capfd.readouterr().err
+    assert "srr-dist: " in shown
+    assert "identity.rank: 4 -> 8" in shown
+    assert "Traceback" not in shown
     assert snapshot(copied) == before
 
 
@@ -221,7 +245,7 @@ def test_damaged_blocks_alone_are_redone_in_the_next_generation(job, finished, c
 
 def test_dense_export_is_added_to_a_finished_output(job, finished, copied):
     before = record_contents(copied)
-    quantize(job, copied, export="dense")
+    assert quantize_here(job, copied, export="dense") == 0
     assert record_contents(copied) == before
     assert (copied / "base" / "config.json").exists()
     assert verify.main([str(copied)]) == 0
@@ -233,9 +257,10 @@ def test_dense_export_is_added_to_a_finished_output(job, finished, copied):
         torch.testing.assert_close(tensor, unmerged[name], rtol=0, atol=1e-6)
 
 
-def test_dry_run_shows_the_plan_and_writes_nothing(job, tmp_path):
-    ended = quantize(job, tmp_path / "out", dry_run=True)
+def test_dry_run_shows_the_plan_and_writes_nothing(job, tmp_path, capfd):
+    assert quantize_here(job, tmp_path / "out", dry_run=True) == 0
     assert not (tmp_path / "out").exists()
+    out = capfd.readouterr().out
     for shown in (
         "blocks         6",
         "windows        2",
@@ -243,7 +268,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(job, tmp_path):
         "source read",
         "blocks 4–5",
     ):
-        assert shown in ended.out
+        assert shown in out
 
 
 def test_output_that_the_workers_do_not_share_is_refused_after_one_window(job):
