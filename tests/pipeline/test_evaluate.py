@@ -22,6 +22,8 @@ from tests.commands import flags, run
 from tests.conftest import Job
 from tests.families import VOCAB_SIZE, build
 
+pytestmark = pytest.mark.slow
+
 SAMPLES, LENGTH = 5, 40
 MEASURED = ("perplexity_original", "perplexity", "kl", "top1_agreement", "expected_acceptance")
 

@@ -29,6 +29,8 @@ from srr_dist.store import BlockRecord, ObjectStore, RunArea
 from tests.commands import Ended, end, run, start, wait_until
 from tests.conftest import Job, RayCluster
 
+pytestmark = pytest.mark.slow
+
 VIEWS = {"README.md", "report.json", "report.html"}
 UNITS = [f"{block:05d}" for block in range(6)] + ["rest"]
 
