@@ -114,7 +114,7 @@ def is_complete(store: ObjectStore, export: str) -> bool:
     """Whether the output is committed, holds this export, and every file of its manifest is there in its size."""
     try:
         manifest = read_complete(store)
-    except OutputError:
+    except (OutputError, StoreError):
         return False
     if not {folder for folder in EXPORTS[export] if folder != "adapter"} <= set(manifest.exports):
         return False

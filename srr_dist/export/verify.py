@@ -73,7 +73,10 @@ def _tensor_problems(file: TensorFile, sha256: str) -> Iterator[str]:
 
 
 def _changed(path: str) -> str:
-    return f"{path}: its sha256 is not the manifest's; it was changed or damaged, so repeat the run to restore it"
+    return (
+        f"{path}: its sha256 is not the manifest's; it was changed or damaged. To restore it, delete COMMIT (for a "
+        "shard of base/ the record of its block below .srr/ as well) and repeat the run"
+    )
 
 
 def _fit_problems(store: ObjectStore, manifest: Manifest) -> Iterator[str]:

@@ -19,7 +19,7 @@ from srr_dist.export import Output, assemble, is_complete, write_views
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Actors, connected
 from srr_dist.pipeline.plan import Plan, hidden_size, make_plan
-from srr_dist.pipeline.prepare import prepare, scan_weights
+from srr_dist.pipeline.prepare import make_run, open_sources, scan_weights
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import REST, Run, stored_dtype, unit_name, versions
 from srr_dist.pipeline.stage import Stage, StagePlan
@@ -53,9 +53,9 @@ def quantize(config: RunConfig) -> Outcome:
     Raises:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
     """
+    sources, store = open_sources(config.quantize), ObjectStore(config.job.output)
     with connected(config.job) as cluster, stop_requests() as stop:
-        store = ObjectStore(config.job.output)
-        run = prepare(config.quantize, store.url, on_gpu=bool(cluster.gpus))
+        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus))
         plan = make_plan(run, cluster, config.job.blocks_per_stage)
         if config.job.dry_run:
             return Outcome(plan, {})
@@ -64,7 +64,7 @@ def quantize(config: RunConfig) -> Outcome:
             scan_weights(run.checkpoint, run.graph)
         area.begin(run.document())
         seconds = work_off(plan, area, stop)
-        finish(run, area, config.job.export)
+        finish(run, area, config.job.export, anew=bool(seconds))
         return Outcome(plan, seconds)
 
 
@@ -122,9 +122,12 @@ def missing_units(run: Run, area: RunArea) -> dict[str, int]:
     return {unit: generations.get(unit, 1) for unit in run.units if unit not in valid}
 
 
-def finish(run: Run, area: RunArea, export: str) -> None:
-    """Assemble the output from the records, unless it is there already, and write the views of it."""
-    if is_complete(area.store, export):
+def finish(run: Run, area: RunArea, export: str, *, anew: bool) -> None:
+    """Assemble the output from the records and write the views of it.
+
+    Unless ``anew``, an output that is complete already is left as it is.
+    """
+    if not anew and is_complete(area.store, export):
         log.info("%s is finished already", run.output)
     else:
         assemble(area.store, area.records(), _output(run), [export])

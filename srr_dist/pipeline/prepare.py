@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -16,8 +19,23 @@ from srr_dist.solve import make_grid
 SCAN_BYTES = 8 * 2**30
 
 
-def prepare(config: QuantizeConfig, output: str, *, on_gpu: bool) -> Run:
-    """Everything that is decided before the first weight is read.
+@dataclass(frozen=True)
+class Sources:
+    """What a run is made from, opened and checked; knows of no cluster, so that bad input is refused before one starts.
+
+    Attributes as in ``Run``.
+    """
+
+    config: QuantizeConfig
+    checkpoint: Checkpoint
+    graph: BlockGraph
+    unquantized: dict[str, str]
+    token_ids: np.ndarray[Any, np.dtype[np.int64]]
+    tokens_sha256: str
+
+
+def open_sources(config: QuantizeConfig) -> Sources:
+    """Everything that is decided by the options, the model and the text; no weight is read.
 
     Raises:
         CheckpointError, CalibrationError, ConfigError: what is wrong with the model, the text or the options.
@@ -26,12 +44,27 @@ def prepare(config: QuantizeConfig, output: str, *, on_gpu: bool) -> Run:
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     graph = build_graph(checkpoint)
     unquantized = leave_unquantized(graph, config, grid)
-    ids, tokens_sha256 = _tokens(config, checkpoint)
+    return Sources(config, checkpoint, graph, unquantized, *_tokens(config, checkpoint))
+
+
+def make_run(sources: Sources, output: str, *, on_gpu: bool) -> Run:
+    """The run that these sources make on this kind of hardware, with its fingerprint."""
+    config, checkpoint = sources.config, sources.checkpoint
     dtype = forward_dtype(config.dtype, checkpoint, on_gpu=on_gpu)
     fingerprint = config.fingerprint(
-        source=checkpoint.identity, tokens=tokens_sha256, dtype=str(dtype).removeprefix("torch.")
+        source=checkpoint.identity, tokens=sources.tokens_sha256, dtype=str(dtype).removeprefix("torch.")
     )
-    return Run(checkpoint, graph, config, dtype, fingerprint, output, unquantized, ids, tokens_sha256)
+    return Run(
+        checkpoint,
+        sources.graph,
+        config,
+        dtype,
+        fingerprint,
+        output,
+        sources.unquantized,
+        sources.token_ids,
+        sources.tokens_sha256,
+    )
 
 
 def scan_weights(checkpoint: Checkpoint, graph: BlockGraph) -> None:

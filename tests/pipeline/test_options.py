@@ -16,7 +16,7 @@ from srr_dist.errors import CheckpointError, ConfigError
 from srr_dist.pipeline.cluster import Cluster, connected
 from srr_dist.pipeline.driver import finish
 from srr_dist.pipeline.memory import Budget
-from srr_dist.pipeline.prepare import prepare
+from srr_dist.pipeline.prepare import make_run, open_sources
 from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.store import BlockRecord, RunArea, read_complete
 from tests.conftest import RayCluster
@@ -78,7 +78,7 @@ class Solver:
     def solve(self, **changes: Any) -> Solved:
         options = {"model": str(self.model), "calibration": str(self.text)} | DEFAULTS | changes
         output = self.folder / str(len(list(self.folder.iterdir())))
-        run = prepare(QuantizeConfig(**options), str(output), on_gpu=False)
+        run = make_run(open_sources(QuantizeConfig(**options)), str(output), on_gpu=False)
         stage = Stage(run, "host", threads=1)
         stage.open(StagePlan(0, 0, (0,), frozenset({0}), start=0, save=None, last=True, planned_memory={"host": 1}))
         stage.forward(range(len(run.token_ids)), None)

@@ -8,11 +8,11 @@ import pytest
 
 from srr_dist.config import QuantizeConfig
 from srr_dist.errors import ConfigError
+from srr_dist.pipeline import prepare
 from srr_dist.pipeline.cluster import Cluster
 from srr_dist.pipeline.driver import stage_plans
 from srr_dist.pipeline.memory import PROCESS_BYTES, Budget
 from srr_dist.pipeline.plan import Plan, make_plan, output_bytes, rest_bytes
-from srr_dist.pipeline.prepare import prepare
 from srr_dist.pipeline.run import Run
 from tests.families import build
 
@@ -27,7 +27,7 @@ def model(six_blocks: Path) -> Path:
 def make_run(model: Path, text: Path | None, **changes) -> Run:
     options = {"rank": 4, "num_samples": 8, "seq_len": 32} | changes
     config = QuantizeConfig(model=str(model), calibration=str(text or ""), **options)
-    return prepare(config, "memory://plan", on_gpu=False)
+    return prepare.make_run(prepare.open_sources(config), "memory://plan", on_gpu=False)
 
 
 def plan(run: Run, workers: int = 1, blocks_per_stage: int = 4, budget: Budget = PLENTY) -> Plan:

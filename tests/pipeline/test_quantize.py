@@ -24,7 +24,7 @@ from srr_dist.export.base import PACKED, dense_tensors
 from srr_dist.pipeline.cluster import Cluster
 from srr_dist.pipeline.memory import Budget
 from srr_dist.pipeline.plan import make_plan
-from srr_dist.pipeline.prepare import prepare
+from srr_dist.pipeline.prepare import make_run, open_sources
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
 from tests.commands import Ended, end, run, start, wait_until
 from tests.conftest import Job, RayCluster
@@ -132,7 +132,7 @@ def test_output_does_not_depend_on_the_number_of_workers_and_windows(job, finish
 
 def test_output_does_not_depend_on_where_moments_lie(job, finished, tmp_path):
     config = QuantizeConfig(model=str(job.model), calibration=str(job.text), num_samples=8, seq_len=32, rank=4)
-    plan = make_plan(prepare(config, "", on_gpu=False), Cluster(1, 2, 0, Budget(2**40, None)), 1)
+    plan = make_plan(make_run(open_sources(config), "", on_gpu=False), Cluster(1, 2, 0, Budget(2**40, None)), 1)
     short = plan.holding.host_bytes - 1  # one block fits with its moments on disk only
     quantize(job, tmp_path / "out", host_memory=short)
     planned = [record.stage["planned_memory"]["host"] for record in records(tmp_path / "out").values() if record.stage]

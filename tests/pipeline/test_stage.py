@@ -19,7 +19,7 @@ from srr_dist.config import QuantizeConfig
 from srr_dist.errors import CalibrationError, CheckpointError
 from srr_dist.export.adapter import lora_names
 from srr_dist.export.base import PACKED, SCALE, SHAPE
-from srr_dist.pipeline.prepare import prepare
+from srr_dist.pipeline import prepare
 from srr_dist.pipeline.run import REST, Run, unit_name
 from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.solve import Metric, solve_layer
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_run(model: Path, text: Path, output: Path, **changes) -> Run:
     options = {"rank": 4, "num_samples": SAMPLES, "seq_len": LENGTH, "split": "criterion"} | changes
     config = QuantizeConfig(model=str(model), calibration=str(text), **options)
-    return prepare(config, str(output), on_gpu=False)
+    return prepare.make_run(prepare.open_sources(config), str(output), on_gpu=False)
 
 
 def one_stage(blocks: tuple[int, ...] = (0, 1, 2), **changes) -> StagePlan:
@@ -290,7 +290,7 @@ def test_rows_that_are_not_finite_within_the_limit_are_left_out_and_counted(mode
 
 def test_stage_without_calibration_solves_from_the_weights_alone(model, tmp_path):
     config = QuantizeConfig(model=str(model), scaling="identity", rank=4, split="criterion")
-    run = prepare(config, str(tmp_path / "out"), on_gpu=False)
+    run = prepare.make_run(prepare.open_sources(config), str(tmp_path / "out"), on_gpu=False)
     stage = Stage(run, "host", 1)
     stage.open(one_stage(start=None))
     stage.end_forward()
