@@ -84,6 +84,8 @@ def _survey(job: JobConfig) -> Cluster:
         raise ConfigError(f"workers: {workers} asked for, but the cluster has {most} {kind}; ask for at most {most}")
     if gpus:
         return Cluster(workers, cpus=1, gpus=1, budget=_budget(job, per_node=1, gpus=1))
+    if job.gpu_memory:
+        log.warning("gpu_memory: the cluster has no GPUs, so %s has no effect", job.gpu_memory)
     per_node = -(-workers // len(nodes))
     cpus = max(1, int(min(node["CPU"] for node in nodes)) // per_node)
     return Cluster(workers, cpus, gpus=0, budget=_budget(job, per_node, gpus=0))

@@ -86,7 +86,7 @@ class Solver:
         stage.area.begin(run.document())
         stage.solve(0, 1)
         stage.store_rest(1)
-        finish(run, stage.area, "compressed")
+        finish(run, stage.area, "compressed", anew=True)
         return Solved(run.fingerprint, stage.area.records()["00000"], stage.area)
 
 
