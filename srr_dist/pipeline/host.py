@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import resource
 
@@ -29,6 +31,17 @@ def free_host_memory() -> int:
 def free_gpu_memory() -> int | None:
     """Bytes free on the GPU, None without one."""
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    The C library keeps what was freed for later, per thread and in pieces that the next block's tensors do not fit:
+    without this a process grows with every block that passes through it.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

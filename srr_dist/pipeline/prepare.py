@@ -13,6 +13,7 @@ from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens
 from srr_dist.config import QuantizeConfig
 from srr_dist.errors import CalibrationError
+from srr_dist.pipeline.host import release_memory
 from srr_dist.pipeline.run import Run, leave_unquantized
 from srr_dist.solve import make_grid
 
@@ -79,6 +80,7 @@ def scan_weights(checkpoint: Checkpoint, graph: BlockGraph) -> None:
     if checkpoint.total_bytes <= SCAN_BYTES:
         for block in graph.blocks:
             checkpoint.read(block.tensors)
+            release_memory()
         checkpoint.read(graph.rest)
 
 

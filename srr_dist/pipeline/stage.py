@@ -29,7 +29,7 @@ from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.base import linear_tensors
 from srr_dist.pipeline import hidden_states
 from srr_dist.pipeline.boundaries import Boundaries
-from srr_dist.pipeline.host import device_name, peak_memory, worker_device
+from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
 from srr_dist.pipeline.run import REST, Run, unit_name, versions
 from srr_dist.solve import Metric, solve_layer
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
@@ -300,6 +300,7 @@ class Stage:
     def _drop(self, index: int) -> None:
         self.decoder.drop_block(index)
         self.held.pop(index, None)
+        release_memory()
 
     def _plan(self) -> StagePlan:
         assert self.plan is not None, "open() comes first"

@@ -67,7 +67,8 @@ def _s3_process() -> Iterator[S3Server]:
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+        # moto keeps one world a process: another test may have made the bucket.
+        s3fs.S3FileSystem(skip_instance_cache=True).makedirs("bucket", exist_ok=True)
         yield server
     server.stop()
 
