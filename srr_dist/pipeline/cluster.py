@@ -52,6 +52,8 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
         else:
             # Ray runs workers at nice 15, so that any other process starves them; here they are the machine's work.
             os.environ.setdefault("RAY_worker_niceness", "0")
+            # Readers are threads; with the C library's default of eight pools of freed memory a core, each keeps some.
+            os.environ.setdefault("MALLOC_ARENA_MAX", "2")
             ray.init(
                 address="local",
                 include_dashboard=False,

@@ -54,14 +54,14 @@ def quantize(config: RunConfig) -> Outcome:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
     """
     sources, store = open_sources(config.quantize), ObjectStore(config.job.output)
+    if not config.job.dry_run and not RunArea.find(store):
+        scan_weights(sources.checkpoint, sources.graph)
     with connected(config.job) as cluster, stop_requests() as stop:
         run = make_run(sources, store.url, on_gpu=bool(cluster.gpus))
         plan = make_plan(run, cluster, config.job.blocks_per_stage)
         if config.job.dry_run:
             return Outcome(plan, {})
         area = RunArea(store, run.fingerprint)
-        if run.fingerprint not in RunArea.find(store):
-            scan_weights(run.checkpoint, run.graph)
         area.begin(run.document())
         seconds = work_off(plan, area, stop)
         finish(run, area, config.job.export, anew=bool(seconds))
