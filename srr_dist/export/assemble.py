@@ -26,13 +26,12 @@ from srr_dist.export.tensorfile import TensorFile, encode_header
 from srr_dist.store.documents import encode
 from srr_dist.store.manifest import COMMIT, MANIFEST, Manifest, read_complete, write_commit
 from srr_dist.store.objects import FileEntry, ObjectStore
-from srr_dist.store.records import BlockRecord
+from srr_dist.store.records import REST, BlockRecord
 
 EXPORTS = {"compressed": ("base", "adapter"), "dense": ("dense",)}
 """Value of ``--export`` -> the folders it stands for."""
 
 STORE_THREADS = 8
-REST = "rest"
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,11 @@ from srr_dist.pipeline.cluster import Actors, connected
 from srr_dist.pipeline.plan import Plan, hidden_size, make_plan
 from srr_dist.pipeline.prepare import make_run, open_sources, scan_weights
 from srr_dist.pipeline.progress import Progress
-from srr_dist.pipeline.run import REST, Run, stored_dtype, unit_name, versions
+from srr_dist.pipeline.run import Run, stored_dtype, unit_name, versions
 from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.pipeline.windows import Window, batches, next_window
 from srr_dist.store import ObjectStore, RunArea
+from srr_dist.store.records import REST
 
 log = logging.getLogger(__name__)
 

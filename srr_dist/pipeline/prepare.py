@@ -14,7 +14,7 @@ from srr_dist.checkpoint.tokens import calibration_tokens
 from srr_dist.config import QuantizeConfig
 from srr_dist.errors import CalibrationError
 from srr_dist.pipeline.host import release_memory
-from srr_dist.pipeline.run import Run, leave_unquantized
+from srr_dist.pipeline.run import Run, dtype_name, leave_unquantized
 from srr_dist.solve import make_grid
 
 SCAN_BYTES = 8 * 2**30
@@ -52,9 +52,7 @@ def make_run(sources: Sources, output: str, *, on_gpu: bool) -> Run:
     """The run that these sources make on this kind of hardware, with its fingerprint."""
     config, checkpoint = sources.config, sources.checkpoint
     dtype = forward_dtype(config.dtype, checkpoint, on_gpu=on_gpu)
-    fingerprint = config.fingerprint(
-        source=checkpoint.identity, tokens=sources.tokens_sha256, dtype=str(dtype).removeprefix("torch.")
-    )
+    fingerprint = config.fingerprint(source=checkpoint.identity, tokens=sources.tokens_sha256, dtype=dtype_name(dtype))
     return Run(
         checkpoint,
         sources.graph,

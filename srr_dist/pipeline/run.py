@@ -18,9 +18,7 @@ from srr_dist.checkpoint.tensors import DTYPES, TensorEntry
 from srr_dist.config import QuantizeConfig
 from srr_dist.errors import ConfigError
 from srr_dist.solve import Grid, SolveOptions, make_grid
-
-REST = "rest"
-"""The unit that holds every tensor outside the decoder blocks."""
+from srr_dist.store.records import REST
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from srr_dist.export.base import linear_tensors
 from srr_dist.pipeline import hidden_states
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
-from srr_dist.pipeline.run import REST, Run, unit_name, versions
+from srr_dist.pipeline.run import Run, unit_name, versions
 from srr_dist.solve import Metric, solve_layer
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
+from srr_dist.store.records import REST
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from srr_dist.errors import OutputError
 from srr_dist.store.manifest import COMMIT
 from srr_dist.store.objects import ObjectStore
-from srr_dist.store.records import RunArea
+from srr_dist.store.records import REST, RunArea
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def overview(store: ObjectStore) -> Overview:
         raise OutputError(f"{store.url}: no run has begun here; expected {store.location('.srr')}")
     area = RunArea(store, found[-1])
     run, records = area.run(), area.records()
-    blocks = [record for unit, record in records.items() if unit != "rest"]
+    blocks = [record for unit, record in records.items() if unit != REST]
     missing = len(run["units"]) - len(records)
     spent = sum(sum(record.seconds.values()) for record in blocks)
     newest = max((record.finished for record in records.values()), default=None)

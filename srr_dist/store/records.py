@@ -25,6 +25,8 @@ from srr_dist.store.paths import check_fingerprint, check_segment, check_sha256
 
 WORKING_AREA = ".srr"
 READ_THREADS = 16
+REST = "rest"
+"""The unit that holds every tensor outside the decoder blocks."""
 
 _UNIT = re.compile(r"[0-9]{5}|rest")
 _RECORD = re.compile(r"blocks/(?P<unit>[0-9]{5}|rest)(?:\.g(?P<generation>[1-9][0-9]{0,5}))?\.json")

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 from srr_dist.export.adapter import adapter_tensors
-from srr_dist.export.assemble import REST, Output
+from srr_dist.export.assemble import Output
 from srr_dist.export.base import linear_tensors
 from srr_dist.store.objects import ObjectStore
-from srr_dist.store.records import BlockRecord, RunArea
+from srr_dist.store.records import REST, BlockRecord, RunArea
 
 FINGERPRINT = "ab" * 32
 

@@ -20,10 +20,11 @@ from srr_dist.errors import CalibrationError, CheckpointError
 from srr_dist.export.adapter import lora_names
 from srr_dist.export.base import PACKED, SCALE, SHAPE
 from srr_dist.pipeline import prepare
-from srr_dist.pipeline.run import REST, Run, unit_name
+from srr_dist.pipeline.run import Run, unit_name
 from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.solve import Metric, solve_layer
 from srr_dist.store import BlockRecord
+from srr_dist.store.records import REST
 from tests.families import build
 
 SAMPLES, LENGTH = 4, 24
