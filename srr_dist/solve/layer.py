@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from srr_dist.solve.grids import Grid
-from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, refit
-from srr_dist.solve.metric import Metric, inner
+from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, refit, start_directions
+from srr_dist.solve.metric import Metric
 from srr_dist.solve.split import (
     coarse_candidates,
     criterion_split,
@@ -23,7 +23,6 @@ from srr_dist.solve.split import (
     layer_seed,
     random_subspace,
     refined_candidates,
-    uniform,
 )
 
 
@@ -81,6 +80,8 @@ class _Candidate:
     L: Tensor
     R: Tensor
     energies: Tensor
+    error: float
+    """``‖W − Q‖²_H``, the error without an adapter."""
     objective: float
 
 
@@ -92,14 +93,12 @@ class _Problem:
         m, n = W.shape
         self.rank = 0 if options.method == "none" else min(options.rank, m, n)
         self.seed = layer_seed(options.seed, name)
-        self.block = block_size(m, n, self.rank)
-        self.probe = uniform((n, self.block), torch.Generator().manual_seed(self.seed), W.device)
+        self.directions = start_directions(metric, block_size(m, n, self.rank)) if self.rank else W[:0].mT
         self.weight = self._subspace(W, self.rank if options.method == "srr" else 0)
 
     def criterion(self) -> int:
         """The paper's k for this layer."""
-        m, n = self.W.shape
-        noise = random_subspace((m, n), self.metric, self.rank, self.block, self.seed)
+        noise = random_subspace(self.W.shape[0], self.metric, self.rank, self.directions, self.seed)
         return criterion_split(self.weight, noise, self.rank)
 
     def candidate(self, k: int) -> _Candidate:
@@ -110,18 +109,16 @@ class _Problem:
         codes, scale = grid.quantize(residual)
         Q = grid.dequantize(codes, scale)
         if self.options.form == "joint":
-            E, fixed, free = self.W - Q, 0, self.rank
+            found = self._subspace(self.W - Q, self.rank)
+            L, R, energies, error = found.U, found.R, found.energies, found.total
         else:
-            E, fixed, free = residual - Q, k, self.rank - k
-        found = self._subspace(E, free)
-        L, R, energies = found.U, found.R, found.energies
-        if fixed:
-            L, R, energies = principal(torch.cat((U_k, L), dim=1), torch.cat((R_k, R)), self.metric)
-        return _Candidate(k, codes, scale, Q, L, R, energies, found.tail)
+            found = self._subspace(residual - Q, self.rank - k)
+            L, R, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric)
+            error = self.metric.energy(self.W - Q)
+        return _Candidate(k, codes, scale, Q, L, R, energies, error, found.tail)
 
     def _subspace(self, E: Tensor, rank: int) -> Subspace:
-        EH = self.metric.right(E)
-        return leading_subspace(E, self.metric, rank, EH @ self.probe, EH=EH)
+        return leading_subspace(E, self.metric, rank, self.directions)
 
 
 def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> LayerSolution:
@@ -140,7 +137,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
     problem = _Problem(W.float(), metric, name, options)
     chosen, objectives, k_criterion = _choose(problem)
     L, R = _stored_factors(chosen)
-    delta = problem.W - chosen.Q - L.float() @ R.float()
+    stored = metric.remainder(problem.W - chosen.Q, chosen.error, L.float(), R.float())
     sigma = (chosen.energies * metric.unit).sqrt().float()
     m, n = W.shape
     unit = metric.unit
@@ -154,7 +151,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
             "k0": unit * objectives[0] if 0 in objectives else None,
             "criterion": unit * objectives[k_criterion] if k_criterion is not None else None,
             "chosen": unit * chosen.objective,
-            "stored": unit * inner(metric.right(delta), delta),
+            "stored": unit * stored,
         },
         "energy": unit * problem.weight.total,
         "candidates": {str(k): unit * objectives[k] for k in sorted(objectives)},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Metric:
 
     H: Tensor
     unit: float = 1.0
+    directions: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Starting directions by their number, kept for all layers that share the input: ``lowrank.start_directions``."""
 
     @staticmethod
     def of(moment: Tensor) -> Metric:
@@ -49,6 +51,49 @@ class Metric:
     def right(self, E: Tensor) -> Tensor:
         """``E H: [m, n]``."""
         return E * self.H if self.diagonal else E @ self.H
+
+    def left(self, X: Tensor) -> Tensor:
+        """``H X`` for ``X: [n, b]``."""
+        return self.H[:, None] * X if self.diagonal else self.H @ X
+
+    def energy(self, E: Tensor) -> float:
+        """``‖E‖²_H = tr(E H Eᵀ)`` of ``E: [m, n]``, float32 products added up in float64.
+
+        H is symmetric, so that each pair of inputs is taken once: about half of the product ``E H``.
+        """
+        if self.diagonal:
+            return inner(self.right(E), E)
+        n, total = E.shape[1], torch.zeros((), dtype=torch.float64)
+        width = _panel(n)
+        for start in range(0, n, width):
+            panel = slice(start, min(start + width, n))
+            # Twice the part above the diagonal block, so that the block itself counts once.
+            product = torch.addmm(E[:, panel] @ self.H[panel, panel], E[:, :start], self.H[:start, panel], alpha=2.0)
+            total += _total(product.mul_(E[:, panel]))
+        return float(total)
+
+    def remainder(self, E: Tensor, energy: float, L: Tensor, R: Tensor) -> float:
+        """``‖E − L R‖²_H`` of ``L: [m, r]``, ``R: [r, n]``, given ``energy`` = ``‖E‖²_H``.
+
+        From thin products; where they would cancel to less than ``CANCELLATION``, measured on ``E − L R`` itself.
+        """
+        HR = self.left(R.mT)
+        rest = energy - 2.0 * inner(E @ HR, L) + float((gram(L, L) * gram(R.mT, HR)).sum())
+        return rest if rest > CANCELLATION * energy else self.energy(E - L @ R)
+
+
+CANCELLATION = 0.01
+"""Share of an energy below which a difference of float32 energies has too few digits left (their own error: 1e-7)."""
+
+
+def _panel(n: int) -> int:
+    """Columns that ``Metric.energy`` multiplies at once: some eight panels, each wide enough to run at full speed."""
+    return max(128, -(-n // 128) * 16)
+
+
+def _total(A: Tensor) -> Tensor:
+    """The sum of a float32 matrix: short rows in float32, the rest in float64."""
+    return A.sum(-1).double().cpu().sum()
 
 
 def inner(A: Tensor, B: Tensor) -> float:

@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from srr_dist.solve.lowrank import Subspace, leading_subspace
+from srr_dist.solve.lowrank import Subspace, leading_subspace, uniform
 from srr_dist.solve.metric import Metric
 
 
@@ -21,18 +21,10 @@ def layer_seed(seed: int, layer: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{layer}".encode()).digest()[:8], "big") >> 1
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Entries uniform on [−1, 1], float32, drawn on the CPU so that every device sees the same numbers."""
-    return torch.rand(shape, generator=generator).mul_(2.0).sub_(1.0).to(device)
-
-
-def random_subspace(shape: tuple[int, int], metric: Metric, rank: int, block: int, seed: int) -> Subspace:
+def random_subspace(m: int, metric: Metric, rank: int, directions: Tensor, seed: int) -> Subspace:
     """The spectrum of ``N S`` for a random ``N: [m, n]``: what an error without structure looks like in the metric."""
-    generator = torch.Generator().manual_seed(seed)
-    N = uniform(shape, generator, metric.H.device)
-    NH = metric.right(N)
-    start = NH @ uniform((shape[1], block), generator, metric.H.device)
-    return leading_subspace(N, metric, rank, start, EH=NH)
+    N = uniform((m, directions.shape[0]), torch.Generator().manual_seed(seed), directions.device)
+    return leading_subspace(N, metric, rank, directions)
 
 
 def criterion_split(weight: Subspace, noise: Subspace, rank: int) -> int:

@@ -8,9 +8,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from srr_dist.solve.metric import Metric
-from srr_dist.solve.split import uniform
-
 T = TypeVar("T")
 
 MOMENTS = ("white", "decaying", "diagonal", "singular", "wide", "massive")
@@ -73,10 +70,6 @@ def singular_values(E: Tensor, H: Tensor) -> Tensor:
 def best_objective(E: Tensor, H: Tensor, rank: int) -> float:
     """``min ‖E − L R‖²_H`` over rank ``rank``, by Eckart and Young."""
     return float(singular_values(E, H)[rank:].square().sum())
-
-
-def start(E: Tensor, metric: Metric, block: int, seed: int = 0) -> Tensor:
-    return metric.right(E) @ uniform((E.shape[1], block), torch.Generator().manual_seed(seed), E.device)
 
 
 def with_threads(threads: int, function: Callable[[], T]) -> T:

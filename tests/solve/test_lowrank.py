@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srr_dist.solve.lowrank import block_size, leading_subspace, orthonormal, principal, refit
+from srr_dist.solve.lowrank import (
+    block_size,
+    leading_subspace,
+    orthonormal,
+    principal,
+    refit,
+    start_directions,
+    uniform,
+)
 from srr_dist.solve.metric import Metric, eigh, inner, one_thread
 from tests.solve.problems import (
     MOMENTS,
@@ -17,7 +25,6 @@ from tests.solve.problems import (
     normal,
     objective,
     singular_values,
-    start,
     weight,
     with_threads,
 )
@@ -27,7 +34,7 @@ RANK = 8
 
 def solved(E, H, rank, **options):
     metric = Metric.of(H)
-    return leading_subspace(E, metric, rank, start(E, metric, block_size(*E.shape, rank)), **options), metric
+    return leading_subspace(E, metric, rank, start_directions(metric, block_size(*E.shape, rank)), **options), metric
 
 
 @pytest.mark.parametrize("kind", MOMENTS)
@@ -51,7 +58,7 @@ def test_subspace_reaches_the_float64_optimum(shape, kind):
 def test_subspace_is_orthonormal_and_sorted_with_the_true_energies(shape, kind):
     E, H = weight(*shape), moment(kind, shape[1])
     rank = min(RANK, *shape)
-    found, metric = solved(E, H, rank, tolerance=1e-7, max_iterations=100)
+    found, metric = solved(E, H, rank, tolerance=1e-7, max_steps=100)
     identity = torch.eye(rank, dtype=torch.float64)
     torch.testing.assert_close(found.U.mT.double() @ found.U.double(), identity, rtol=0, atol=1e-6)
     assert (found.energies.diff() <= 0).all() and (found.energies >= 0).all()
@@ -104,7 +111,7 @@ def test_full_rank_leaves_nothing(shape, kind):
 def test_rank_zero_keeps_the_whole_energy():
     E, H = weight(48, 64), moment("decaying", 64)
     found, metric = solved(E, H, 0)
-    assert found.U.shape == (48, 0) and found.energies.shape == (0,) and found.iterations == 0
+    assert found.U.shape == (48, 0) and found.energies.shape == (0,) and found.steps == 0
     assert metric.unit * found.tail == pytest.approx(objective(E, H), rel=1e-5)
 
 
@@ -150,7 +157,7 @@ def test_subspace_is_bitwise_the_same_for_any_threads(shape, rank):
     for other in (second, again):
         assert torch.equal(first.U, other.U) and torch.equal(first.R, other.R)
         assert torch.equal(first.energies, other.energies)
-        assert (first.tail, first.iterations) == (other.tail, other.iterations)
+        assert (first.tail, first.steps) == (other.tail, other.steps)
 
 
 def test_scale_of_weight_and_moment_do_not_matter():
@@ -165,19 +172,46 @@ def test_scale_of_weight_and_moment_do_not_matter():
 def test_tolerance_and_iteration_limit_trade_time_for_energy():
     E, H = weight(200, 160), moment("white", 160)
     loose, _ = solved(E, H, RANK, tolerance=1e-1)
-    tight, _ = solved(E, H, RANK, tolerance=1e-8, max_iterations=200)
-    once, _ = solved(E, H, RANK, max_iterations=1)
-    assert once.iterations == 1 < loose.iterations < tight.iterations < 200
+    tight, _ = solved(E, H, RANK, tolerance=1e-8, max_steps=200)
+    once, _ = solved(E, H, RANK, max_steps=1)
+    assert once.steps == 1 < loose.steps < tight.steps < 200
     assert tight.tail < loose.tail < once.tail
 
 
-def test_given_product_is_used_instead_of_computed():
-    E, H = weight(48, 64), moment("decaying", 64)
-    metric = Metric.of(H)
-    begin = start(E, metric, 24)
-    computed = leading_subspace(E, metric, RANK, begin)
-    given_product = leading_subspace(E, metric, RANK, begin, EH=metric.right(E))
-    assert torch.equal(computed.U, given_product.U)
+def test_any_directions_lead_to_the_same_subspace():
+    E, H = weight(96, 64), moment("decaying", 64)
+    found, metric = solved(E, H, RANK, tolerance=1e-9)
+    drawn = uniform((64, 24), torch.Generator().manual_seed(1), E.device)
+    other = leading_subspace(E, metric, RANK, drawn, tolerance=1e-9)
+    torch.testing.assert_close(found.energies, other.energies, rtol=1e-5, atol=0)
+    assert found.tail == pytest.approx(other.tail, rel=1e-5)
+
+
+def test_structure_that_the_metric_hardly_sees_is_found():
+    """The strongest direction of E lies in inputs that H's leading directions do not touch."""
+    n = 128
+    H = torch.ones(n, dtype=torch.float64)
+    H[:96] = 100.0
+    E = 1e-3 * weight(64, n)
+    E[5, 120] = 50.0
+    found, metric = solved(E, H, RANK)
+    assert metric.unit * found.tail == pytest.approx(best_objective(E, H, RANK), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [*MOMENTS])
+def test_start_directions_lean_to_what_the_metric_favours(kind):
+    metric = Metric.of(moment(kind, 160))
+    directions = start_directions(metric, 24)
+    assert directions.shape == (160, 24) and torch.isfinite(directions).all()
+    assert start_directions(metric, 24) is directions
+    assert torch.equal(directions, start_directions(Metric.of(moment(kind, 160)), 24))
+    drawn = uniform((160, 24), torch.Generator().manual_seed(1), directions.device)
+
+    def share(X):  # of the metric's weight in the span, 1 at most and reached by the leading eigenvectors
+        U = orthonormal(X).float()
+        return float((metric.left(U) * U).sum())
+
+    assert share(directions) >= share(drawn) - 1e-3
 
 
 def test_block_size_oversamples_within_the_matrix():
@@ -187,7 +221,7 @@ def test_block_size_oversamples_within_the_matrix():
 
 def test_orthonormal_spans_the_columns_in_order():
     Y = normal(50, 6).float()
-    U = orthonormal(Y).double()
+    U = orthonormal(Y)
     torch.testing.assert_close(U.mT @ U, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
     for columns in range(1, 7):
         left = Y[:, :columns].double() - U[:, :columns] @ (U[:, :columns].mT @ Y[:, :columns].double())
@@ -197,7 +231,7 @@ def test_orthonormal_spans_the_columns_in_order():
 def test_orthonormal_replaces_dependent_columns():
     Y = normal(50, 4).float()
     Y = torch.cat((Y, Y, torch.zeros(50, 2)), dim=1)
-    U = orthonormal(Y).double()
+    U = orthonormal(Y)
     torch.testing.assert_close(U.mT @ U, torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-6)
     assert (Y.double() - U @ (U.mT @ Y.double())).abs().max() < 1e-5
 
@@ -234,6 +268,16 @@ def test_refit_of_a_lost_direction_is_zero():
     assert refit(stored[:, :0], L[:, :0], R[:0]).shape == (0, 32)
 
 
+def test_orthonormal_beyond_a_basis_is_orthogonal_to_it():
+    B, Y = orthonormal(normal(60, 8).float()), normal(60, 6, seed=1).float()
+    Y[:, 0] = 1e4 * B[:, 0] + 1e-2 * Y[:, 0]  # nearly inside
+    Y[:, 1] = B[:, 1]  # wholly inside
+    Y[:, 2] = 0.0
+    U = orthonormal(Y, B)
+    torch.testing.assert_close(U.mT @ U, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert (B.mT @ U).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_metric_measures_the_objective(kind):
     E, H = weight(24, 40), moment(kind, 40)
@@ -242,6 +286,28 @@ def test_metric_measures_the_objective(kind):
     torch.testing.assert_close(metric.unit * metric.right(E).double(), E.double() @ full(H), rtol=1e-3, atol=1e-2)
     assert metric.unit * inner(metric.right(E), E) == pytest.approx(objective(E, H), rel=1e-5)
     assert (metric.H if metric.diagonal else metric.H.diagonal()).double().mean().item() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 40, 130, 576, 1100])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_energy_from_half_the_product_equals_the_whole(n, diagonal):
+    E, H = weight(24, n), moment("decaying", n)
+    H = H.diagonal() if diagonal else H
+    metric = Metric.of(H)
+    assert metric.unit * metric.energy(E) == pytest.approx(objective(E, H), rel=1e-5)
+    assert with_threads(1, lambda: metric.energy(E)) == with_threads(2, lambda: metric.energy(E))
+
+
+@pytest.mark.parametrize("kind", MOMENTS)
+@pytest.mark.parametrize("left", [1.0, 0.1, 1e-4])
+def test_remainder_is_the_energy_of_the_difference(kind, left):
+    E, H = weight(48, 64), moment(kind, 64)
+    metric, rank = Metric.of(H), 6
+    L, R = normal(48, rank).float(), normal(rank, 64, seed=1).float()
+    E = L @ R + left * E  # nearly all, or nearly nothing of E is in L R
+    found = metric.remainder(E, metric.energy(E), L, R)
+    expected, total = objective(E.double() - L.double() @ R.double(), H), objective(E, H)
+    assert metric.unit * found == pytest.approx(expected, rel=1e-3, abs=1e-9 * total)
 
 
 @pytest.mark.parametrize("shape", [(16,), (16, 16)])

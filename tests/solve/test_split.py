@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srr_dist.solve.lowrank import Subspace, leading_subspace
+from srr_dist.solve.lowrank import Subspace, leading_subspace, start_directions, uniform
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.split import (
     coarse_candidates,
@@ -14,9 +14,8 @@ from srr_dist.solve.split import (
     layer_seed,
     random_subspace,
     refined_candidates,
-    uniform,
 )
-from tests.solve.problems import moment, singular_values, start, weight
+from tests.solve.problems import moment, singular_values, weight
 
 
 def subspace(energies, tail):
@@ -49,8 +48,8 @@ def test_criterion_equals_the_formula_on_full_spectra(kind, shape):
     (m, n), rank, seed = shape, 12, 5
     W, H = weight(m, n), moment(kind, n)
     metric = Metric.of(H)
-    found = leading_subspace(W, metric, rank, start(W, metric, 28), tolerance=1e-7)
-    noise = random_subspace((m, n), metric, rank, 28, seed)
+    found = leading_subspace(W, metric, rank, start_directions(metric, 28), tolerance=1e-7)
+    noise = random_subspace(m, metric, rank, start_directions(metric, 28), seed)
 
     N = uniform((m, n), torch.Generator().manual_seed(seed), W.device)
     shares = []
@@ -113,6 +112,6 @@ def test_unexplained_shares_fall_from_one():
 
 def test_random_subspace_depends_on_the_seed_alone():
     metric = Metric.of(moment("decaying", 48))
-    first, same, other = (random_subspace((40, 48), metric, 8, 24, seed) for seed in (1, 1, 2))
+    first, same, other = (random_subspace(40, metric, 8, start_directions(metric, 24), seed) for seed in (1, 1, 2))
     assert torch.equal(first.energies, same.energies)
     assert not torch.equal(first.energies, other.energies)
