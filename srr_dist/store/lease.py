@@ -27,7 +27,10 @@ from srr_dist.store.records import RunArea
 TTL_SECONDS = 60.0
 LONGEST_TTL_SECONDS = 3600.0
 RENEWALS = 4
-"""Times that a lease is renewed, and looked at, within its time to live."""
+"""Times that a lease is renewed within its time to live."""
+
+LOOK_SECONDS = 1.0
+"""How often at least one who waits looks at the lease."""
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +147,9 @@ def _take(area: RunArea, holder: str, ttl: float) -> LeaseDocument:
         found = area.store.get(path)
         current = _parse(found, area.store.location(path))
         if current is not None:
-            mine = replace(mine, epoch=current.epoch + 1, nonce=uuid.uuid4().hex)
             if not current.is_free():
                 _wait_until_abandoned(area, found, current)
+            mine = replace(mine, epoch=current.epoch + 1, nonce=uuid.uuid4().hex, since=time.time())
         if area.store.replace(path, found, mine.to_json()):
             break
     return mine
@@ -166,7 +169,7 @@ def _wait_until_abandoned(area: RunArea, seen: bytes, current: LeaseDocument) ->
     logger.warning("held by %s; waiting up to %g s for a sign of life", current.describe(), current.ttl)
     deadline = time.monotonic() + current.ttl
     while (left := deadline - time.monotonic()) > 0:
-        time.sleep(min(left, current.ttl / RENEWALS / 4))
+        time.sleep(min(left, current.ttl / RENEWALS / 4, LOOK_SECONDS))
         data = area.store.get(_path(area))
         now = current if data == seen else _parse(data, area.store.location(_path(area)))
         if now is None or now.is_free():
