@@ -45,16 +45,16 @@ def overview(store: ObjectStore) -> Overview:
     if not found:
         raise OutputError(f"{store.url}: no run has begun here; expected {store.location('.srr')}")
     area = RunArea(store, found[-1])
-    run, records = area.run(), area.records()
+    records, units = area.records(), area.units()
     blocks = [record for unit, record in records.items() if unit != REST]
-    missing = len(run["units"]) - len(records)
+    missing = len(units - records.keys())
     spent = sum(sum(record.seconds.values()) for record in blocks)
     newest = max((record.finished for record in records.values()), default=None)
     return Overview(
-        model=run["model"],
+        model=str(area.run().get("model")),
         fingerprint=area.fingerprint,
-        total=len(run["units"]),
-        done=len(records),
+        total=len(units),
+        done=len(units) - missing,
         damaged=sorted(area.next_generations().keys() - records.keys()),
         complete=store.exists(COMMIT) and not area.is_condemned() and not missing,
         seconds_left=spent / len(blocks) * missing if blocks else None,

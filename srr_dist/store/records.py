@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -136,9 +137,10 @@ class RunArea:
     def units(self) -> set[str]:
         """Every unit of work of the run; StoreError if run.json does not say."""
         units = self.run().get("units")
-        if not isinstance(units, list):
-            raise StoreError(f"{self.store.location(self.path('run.json'))}: units: expected list, found {units!r}")
-        return {_check_unit(str(unit)) for unit in units}
+        if not isinstance(units, list) or not all(isinstance(unit, str) and _UNIT.fullmatch(unit) for unit in units):
+            location = self.store.location(self.path("run.json"))
+            raise StoreError(f"{location}: units: expected a list of units' names, found {reprlib.repr(units)}")
+        return set(units)
 
     def attempt_path(self, unit: str, attempt: str, name: str) -> str:
         """Where an attempt at a unit puts its file ``name``, as a path in the store."""
