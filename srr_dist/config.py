@@ -115,6 +115,9 @@ class JobConfig:
     host_memory: str = option("", "memory a worker may use on its host, as 8GiB; default: 80 % of what is free")
     blocks_per_stage: int = option(4, "decoder blocks a stage holds at most; fewer where memory is short")
     model_root: str = option("", f"where hub ids are looked up instead of the hub (or {MODEL_ROOT_VARIABLE})")
+    single_driver: bool = option(
+        False, "nothing else writes this output: use a store without conditional writes, looking before writing instead"
+    )
     dry_run: bool = option(False, "print the plan and stop")
 
     def __post_init__(self) -> None:

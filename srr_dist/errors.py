@@ -8,6 +8,7 @@ SrrError
 ├── StoreError         storage answered in a way that cannot be worked with (exit code 1)
 ├── PipelineError      a worker or a unit of work failed for good         (exit code 1)
 └── StoppedError       the run was asked to stop and can be resumed       (exit code 75, EX_TEMPFAIL)
+    └── LeaseError     another driver works on the same output            (exit code 75)
 
 Every message says what is wrong, which object it is about, what was expected and found, and what to do.
 """
@@ -57,3 +58,7 @@ class StoppedError(SrrError):
     """The run was asked to stop; everything committed is kept, the same command goes on from there."""
 
     exit_code = 75
+
+
+class LeaseError(StoppedError):
+    """Another driver works on the same output; the message names it."""

@@ -54,11 +54,11 @@ def quantize(config: RunConfig) -> Outcome:
     Raises:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
     """
-    sources, store = open_sources(config.quantize), ObjectStore(config.job.output)
+    sources, store = open_sources(config.quantize), ObjectStore(config.job.output, config.job.single_driver)
     if not config.job.dry_run and not RunArea.find(store):
         scan_weights(sources.checkpoint, sources.graph)
     with connected(config.job) as cluster, stop_requests() as stop:
-        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus))
+        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus), single_driver=store.single_driver)
         plan = make_plan(run, cluster, config.job.blocks_per_stage)
         if config.job.dry_run:
             return Outcome(plan, {})
@@ -136,6 +136,7 @@ def finish(run: Run, area: RunArea, export: str, *, anew: bool) -> None:
     boundaries = Boundaries(area)
     for block in sorted(boundaries.available() - {0}):
         boundaries.discard(block)
+    area.collect_garbage()
 
 
 def _output(run: Run) -> Output:
