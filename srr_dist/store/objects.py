@@ -172,6 +172,6 @@ def _open(url: str) -> tuple[Backend, str]:
     try:
         return open_remote(url), url
     except (ValueError, ImportError) as error:
-        raise StoreError(
+        raise OutputError(
             f"{url}: no such kind of storage ({error}); use a folder, s3://bucket/… or memory://…"
         ) from error
