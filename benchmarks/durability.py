@@ -1,7 +1,7 @@
 """What durability costs: the share of a run that goes into storage, and the seconds of resuming a finished run.
 
-The same run is made by ``python -m srr_dist.quantize``, each time with a Ray of its own: into ``--storage`` (by default a
-folder), written through to the disk; and into a folder in memory, where the same calls move bytes and no more. Their
+The same run is made by ``python -m srr_dist.quantize``, each time with a Ray of its own: into ``--storage`` (a folder,
+unless told otherwise), written through to the disk; and into a folder in memory, where nothing waits for a disk. Their
 difference is what the disk or the server adds. What remains of durability in both, serializing and hashing, is in the
 seconds that the records give as "write": these count as a whole, so that they and the difference are bounds from above
 and below. Runs alternate, and the smallest time of each kind counts, since other work on the machine only ever adds.
