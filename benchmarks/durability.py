@@ -4,7 +4,7 @@ The same run is made by ``python -m srr_dist.quantize``, each time with a Ray of
 unless told otherwise), written through to the disk; and into a folder in memory, where nothing waits for a disk. Their
 difference is what the disk or the server adds. What remains of durability in both, serializing and hashing, is in the
 seconds that the records give as "write": these count as a whole, so that they and the difference are bounds from above
-and below. Runs alternate, and the smallest time of each kind counts, since other work on the machine only ever adds.
+and below. Runs alternate, and the smallest time of each kind counts; on a busy machine the difference says nothing.
 
     python benchmarks/durability.py --model demo/SmolLM2-135M-Instruct.Q4_1.gguf --calibration demo/text-calibration.txt
 """
