@@ -165,12 +165,17 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"recipe: {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe: {path} is no YAML: {error}") from None
+    except Exception as error:  # YAML's constructors raise whatever Python does on the text of a number or a date
+        raise ConfigError(f"recipe: {path} is no YAML: {one_line(error)}") from None
     if content is None:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         raise ConfigError(f"recipe: {path} must be a mapping of option names to values, found {type(content).__name__}")
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"recipe: {path} must be a mapping of option names to values, found the key {key!r:.80}")
+        if not isinstance(value, str | int | float | None):  # and never shown whole, since aliases can make it huge
+            raise ConfigError(f"recipe: {path} gives {key} a {type(value).__name__}, expected a single value")
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
@@ -197,6 +202,11 @@ def resolve_options(flags: dict[str, Any], recipe: str | None) -> dict[str, Any]
 def canonical_json(value: Any) -> bytes:
     """One byte string for one value: sorted keys, no spaces, no NaN; raises on anything without a stable form."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
+
+
+def one_line(error: Exception) -> str:
+    """The message of a library's error for a message of ours, which is one line."""
+    return " ".join(str(error).split())
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

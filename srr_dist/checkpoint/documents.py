@@ -93,7 +93,7 @@ def _read_jsonl(path: str, file: IO[bytes]) -> Iterator[Document]:
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{origin}: not valid JSON ({error})") from error
         yield _row_document(origin, row)
 

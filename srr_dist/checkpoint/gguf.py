@@ -27,7 +27,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from srr_dist.checkpoint.location import ByteRange, fetch, file_size, is_local
-from srr_dist.checkpoint.skeleton import build_skeleton, parse_config
+from srr_dist.checkpoint.skeleton import MAX_BLOCKS, build_skeleton, parse_config
 from srr_dist.checkpoint.tensors import Layout, TensorEntry
 from srr_dist.errors import CheckpointError
 
@@ -36,6 +36,7 @@ SUFFIX = ".gguf"
 _DTYPE_PREFIX = "GGUF:"
 _FIRST_BYTES = 16 * 1024 * 1024  # holds the header of most files, whose bulk is the vocabulary
 _MAX_HEADER_BYTES = 512 * 1024 * 1024
+_MAX_READS = 8_000_000  # some ten for each token of the largest vocabularies
 
 
 def read_layout(url: str) -> Layout:
@@ -47,9 +48,7 @@ def read_layout(url: str) -> Layout:
     size = file_size(url)
     with _header_file(url, size) as path:
         reader = _parse(path)
-        architecture = str(reader.fields["general.architecture"].contents())
-        if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
-            raise CheckpointError(f"GGUF architecture {architecture!r} is not one that transformers loads")
+        architecture = _architecture(reader)
         config_json = _config_json(path)
         data_start = int(reader.data_offset)
         stored = list(reader.tensors)
@@ -121,9 +120,40 @@ def _holds_header(path: Path, url: str, prefix: int, size: int) -> bool:
         return False
 
 
+class _BoundedReader(GGUFReader):
+    """gguf's reader held to the bytes that are there: by itself it follows any count in the header without end."""
+
+    _reads = 0
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        self._reads += 1
+        stop = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if stop > len(self.data) or self._reads > _MAX_READS:
+            raise ValueError(f"bytes {int(offset)} to {stop} of {len(self.data)} are one of {self._reads} values")
+        return super()._get(offset, dtype, count, override_order)
+
+
+def _architecture(reader: GGUFReader) -> str:
+    """``general.architecture``, once transformers can load it and the number of blocks is one that a model can have."""
+
+    def field(name: str) -> Any:
+        try:
+            return reader.fields[name].contents()
+        except (KeyError, IndexError, UnicodeDecodeError):
+            return None
+
+    architecture = field("general.architecture")
+    if not isinstance(architecture, str) or architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise CheckpointError(f"GGUF architecture {architecture!r} is not one that transformers loads")
+    blocks = field(f"{architecture}.block_count")
+    if not isinstance(blocks, int) or not 0 < blocks <= MAX_BLOCKS:
+        raise CheckpointError(f"GGUF {architecture}.block_count is {blocks!r}, expected a number up to {MAX_BLOCKS}")
+    return architecture
+
+
 def _parse(path: Path) -> GGUFReader:
     try:
-        return GGUFReader(path)
+        return _BoundedReader(path)
     except Exception as error:  # the reader indexes into whatever the bytes say
         raise CheckpointError(f"not a readable GGUF file, or truncated ({error}); fetch it again") from error
 

@@ -86,6 +86,8 @@ def list_files(url: str) -> dict[str, int]:
         entries = filesystem.ls(root, detail=True)
     except Exception as error:  # every fsspec backend has its own exceptions
         raise _unreachable(url, error) from error
+    if [entry["name"].rstrip("/") for entry in entries] == [root.rstrip("/")]:
+        raise CheckpointError("is a file; expected a folder with config.json and safetensors, or a .gguf file")
     return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
 

@@ -46,9 +46,12 @@ def read_layout(url: str) -> Layout:
     sizes = {file: listing[file] for file in files}
     headers = _read_headers(url, sizes)
     entries = tuple(e for file, size in sizes.items() for e in parse_header(file, size, headers[file]))
-    found = {(entry.name, entry.file) for entry in entries}
+    found: dict[str, str] = {}
+    for entry in entries:
+        if (other := found.setdefault(entry.name, entry.file)) != entry.file:
+            raise CheckpointError(f"tensor {entry.name} is in {other} and in {entry.file}; fetch the checkpoint again")
     for name, file in index.items():
-        if (name, file) not in found:
+        if found.get(name) != file:
             raise CheckpointError(f"{INDEX} places tensor {name} in {file}, which lacks it; fetch both again")
     return Layout(_read_text(url, "config.json", listing), sizes, headers, entries)
 
@@ -76,7 +79,7 @@ def _read_index(url: str, listing: dict[str, int]) -> dict[str, str]:
     try:
         index = json.loads(_read_text(url, INDEX, listing))
         return {str(name): str(file) for name, file in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{INDEX}: expected JSON with a weight_map of tensor -> shard ({error!r})") from error
 
 
@@ -146,7 +149,7 @@ def _json_object(file: str, header: bytes) -> dict[str, Any]:
 
     try:
         parsed = json.loads(header, object_pairs_hook=unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: header is not valid JSON ({error}); fetch the file again") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{file}: header is a JSON {type(parsed).__name__}, expected an object of tensors")

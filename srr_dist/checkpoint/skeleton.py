@@ -20,10 +20,15 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from srr_dist.config import one_line
 from srr_dist.errors import CheckpointError
 
 _CAUSAL_LM: Any = AutoModelForCausalLM  # its methods are not annotated
 
+MAX_BLOCKS = 10_000
+"""Deeper models are refused, since only a damaged configuration has one and building it would take all memory."""
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _TEXT_PREFIXES = (("language_model.", ""), ("model.language_model.", "model."))
 """How a text model's names look in a checkpoint saved from its multimodal parent."""
 
@@ -37,11 +42,12 @@ def parse_config(text: str) -> PretrainedConfig:
     """
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"config.json: not valid JSON ({error})") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise CheckpointError("config.json: no model_type; expected a transformers config.json")
     _refuse_quantized(fields)
+    _refuse_depth(fields)
     model_type = fields["model_type"]
     if model_type not in CONFIG_MAPPING:
         reason = "is code that comes with the checkpoint (auto_map)" if "auto_map" in fields else "is unknown"
@@ -52,16 +58,27 @@ def parse_config(text: str) -> PretrainedConfig:
     try:
         config = CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # every config class validates in its own way
-        raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+        raise CheckpointError(f"config.json: transformers refuses it: {one_line(error)}") from error
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"config.json: model_type {model_type!r} is not a decoder-only language model")
     return config
 
 
+def _sections(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [section for section in (fields, fields.get("text_config")) if isinstance(section, dict)]
+
+
+def _refuse_depth(fields: Mapping[str, Any]) -> None:
+    for section in _sections(fields):
+        for name in _DEPTHS:
+            if isinstance(depth := section.get(name), int) and depth > MAX_BLOCKS:
+                raise CheckpointError(f"config.json: {name} is {depth}, expected at most {MAX_BLOCKS}; it is damaged")
+
+
 def _refuse_quantized(fields: Mapping[str, Any]) -> None:
-    for section in (fields, fields.get("text_config")):
-        if isinstance(section, dict) and section.get("quantization_config"):
-            method = section["quantization_config"].get("quant_method", "unknown")
+    for section in _sections(fields):
+        if described := section.get("quantization_config"):
+            method = described.get("quant_method", "unknown") if isinstance(described, dict) else "unknown"
             raise CheckpointError(
                 f"config.json: already quantized (quantization_config, method {method}); "
                 "start from the original weights"
@@ -80,7 +97,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         with init_empty_weights():
             model: Any = _CAUSAL_LM.from_config(config, dtype=dtype)
     except Exception as error:  # constructors raise anything on fields that do not fit together
-        raise CheckpointError(f"model_type {config.model_type!r}: transformers cannot build it: {error}") from error
+        raise CheckpointError(
+            f"model_type {config.model_type!r}: transformers cannot build it: {one_line(error)}"
+        ) from error
     model.tie_weights()  # init_empty_weights gives each name its own parameter
     skeleton: PreTrainedModel = model.eval()
     return skeleton

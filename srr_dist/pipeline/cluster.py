@@ -61,7 +61,7 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **quiet,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"ray_address: no Ray cluster answers at {address!r}: {error}") from error
     try:
         yield _survey(job)

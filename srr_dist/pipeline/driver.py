@@ -19,7 +19,7 @@ from srr_dist.export import Output, assemble, is_complete, write_views
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Actors, connected
 from srr_dist.pipeline.plan import Plan, hidden_size, make_plan
-from srr_dist.pipeline.prepare import make_run, open_sources, scan_weights
+from srr_dist.pipeline.prepare import make_run, open_sources, refuse_own_folder, scan_weights
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import Run, stored_dtype, unit_name, versions
 from srr_dist.pipeline.stage import Stage, StagePlan
@@ -55,6 +55,7 @@ def quantize(config: RunConfig) -> Outcome:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
     """
     sources, store = open_sources(config.quantize), ObjectStore(config.job.output, config.job.single_driver)
+    refuse_own_folder(sources.checkpoint, store.url)
     if not config.job.dry_run and not RunArea.find(store):
         scan_weights(sources.checkpoint, sources.graph)
     with connected(config.job) as cluster, stop_requests() as stop:

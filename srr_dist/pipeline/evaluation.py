@@ -17,7 +17,7 @@ from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import evaluation_tokens
 from srr_dist.config import JobConfig
-from srr_dist.errors import OutputError
+from srr_dist.errors import ConfigError, OutputError
 from srr_dist.export import QuantizedModel
 from srr_dist.export.base import bits_per_weight
 from srr_dist.pipeline import hidden_states
@@ -26,7 +26,7 @@ from srr_dist.pipeline.comparison import Comparison, compare
 from srr_dist.pipeline.host import worker_device
 from srr_dist.pipeline.memory import Workload, choose_holding
 from srr_dist.pipeline.plan import graph_needs, hidden_size, rest_bytes
-from srr_dist.pipeline.prepare import forward_dtype
+from srr_dist.pipeline.prepare import check_positions, forward_dtype
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import dtype_name
 from srr_dist.pipeline.windows import all_windows, batches
@@ -46,6 +46,11 @@ class EvaluationConfig:
     seq_len: int
     dtype: str = "auto"
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("num_samples", self.num_samples, 1), ("seq_len", self.seq_len, 2)):
+            if value < least:
+                raise ConfigError(f"{name}: expected at least {least}, found {value}")
 
 
 class EvaluationStage:
@@ -131,6 +136,7 @@ def evaluate(config: EvaluationConfig, job: JobConfig) -> dict[str, Any]:
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     graph = build_graph(checkpoint)
     _refuse_another_model(quantized, checkpoint, len(graph.blocks))
+    check_positions(checkpoint, config.seq_len)
     tokens = evaluation_tokens(
         config.text,
         checkpoint.tokenizer(),

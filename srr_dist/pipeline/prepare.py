@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from srr_dist.checkpoint.graph import BlockGraph, build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens
 from srr_dist.config import QuantizeConfig
-from srr_dist.errors import CalibrationError
+from srr_dist.errors import CalibrationError, OutputError
 from srr_dist.pipeline.host import release_memory
 from srr_dist.pipeline.run import Run, dtype_name, leave_unquantized
 from srr_dist.solve import make_grid
@@ -91,16 +92,35 @@ def forward_dtype(name: str, checkpoint: Checkpoint, *, on_gpu: bool) -> torch.d
     return torch.bfloat16 if on_gpu and stored & {"BF16", "F16"} else torch.float32
 
 
+def check_positions(checkpoint: Checkpoint, seq_len: int) -> None:
+    """Refuse sequences that are longer than the model was made for.
+
+    Raises:
+        CalibrationError: names both lengths.
+    """
+    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise CalibrationError(
+            f"seq_len: {seq_len} tokens, but the model has {limit} positions; use a shorter --seq-len"
+        )
+
+
+def refuse_own_folder(checkpoint: Checkpoint, output: str) -> None:
+    """Refuse an output whose files would replace the model's own, such as its README.md.
+
+    Raises:
+        OutputError: the two are one folder.
+    """
+    if output.rstrip("/") == checkpoint.url or ("://" not in output and str(Path(output).resolve()) == checkpoint.url):
+        raise OutputError(f"{output}: is the model's own folder; name another --output")
+
+
 def _tokens(
     config: QuantizeConfig, checkpoint: Checkpoint
 ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.int64]], str]:
     if not config.calibration:
         return np.zeros((0, config.seq_len), dtype=np.int64), ""
-    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.seq_len > limit:
-        raise CalibrationError(
-            f"seq_len: {config.seq_len} tokens, but the model has {limit} positions; use a shorter --seq-len"
-        )
+    check_positions(checkpoint, config.seq_len)
     tokens = calibration_tokens(
         config.calibration,
         checkpoint.tokenizer(),

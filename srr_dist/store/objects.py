@@ -206,7 +206,7 @@ def _open(url: str, single_driver: bool) -> tuple[Backend, str]:
     try:
         return open_remote(url, single_driver), url
     except (ValueError, ImportError) as error:
-        raise StoreError(
+        raise OutputError(
             f"{_without_credentials(url)}: no such kind of storage ({error}); use a folder, s3://bucket/… or memory://…"
         ) from error
 

@@ -13,7 +13,7 @@ from threading import Barrier
 
 import pytest
 
-from srr_dist.errors import StoreError
+from srr_dist.errors import OutputError, StoreError
 from srr_dist.store import FileEntry, ObjectStore
 
 WRITERS = 8
@@ -280,7 +280,7 @@ def test_local_path_and_file_url_name_the_same_store(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("url", ["nosuch://host/x", "s3://", "simplecache::s3://bucket/x", "s3://key:word@bucket/x"])
 def test_store_of_unusable_url_is_refused(url):
-    with pytest.raises(StoreError, match="no such kind of storage") as refused:
+    with pytest.raises(OutputError, match="no such kind of storage") as refused:
         ObjectStore(url)
     assert "word" not in str(refused.value)
 
