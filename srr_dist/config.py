@@ -118,6 +118,9 @@ class JobConfig:
     watchdog: float = option(60.0, "seconds without a sign of life after which a worker is replaced; 0: never")
     grace: float = option(20.0, "seconds that a stop waits for blocks that are being solved")
     model_root: str = option("", f"where hub ids are looked up instead of the hub (or {MODEL_ROOT_VARIABLE})")
+    single_driver: bool = option(
+        False, "nothing else writes this output: use a store without conditional writes, looking before writing instead"
+    )
     dry_run: bool = option(False, "print the plan and stop")
 
     def __post_init__(self) -> None:

@@ -68,6 +68,7 @@ REFUSED = [
     ("watchdog", -1.0, "0 or more seconds"),
     ("grace", float("nan"), "0 or more seconds"),
     ("model_root", None, "a value of type str"),
+    ("single_driver", "yes", "a value of type bool"),
     ("dry_run", "yes", "a value of type bool"),
 ]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -24,6 +26,7 @@ from srr_dist.pipeline.windows import Window, next_window, reachable
 from srr_dist.pipeline.work import WindowWork, describe
 from srr_dist.store import ObjectStore, RunArea, read_complete
 from srr_dist.store.events import EventLog
+from srr_dist.store.lease import Lease, held_lease
 from srr_dist.store.records import REST
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,8 @@ def quantize(config: RunConfig) -> Outcome:
     Raises:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
     """
-    sources, store, job = open_sources(config.quantize), ObjectStore(config.job.output), config.job
+    job, sources = config.job, open_sources(config.quantize)
+    store = ObjectStore(job.output, job.single_driver)
     if not job.dry_run:
         if finished := finished_run(sources, store, job.export):
             finish(finished, RunArea(store, finished.fingerprint), job.export, anew=False)
@@ -56,14 +60,16 @@ def quantize(config: RunConfig) -> Outcome:
         if not RunArea.find(store):
             scan_weights(sources.checkpoint, sources.graph)
     with connected(job) as cluster, stop_requests(job.grace) as stop:
-        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus))
+        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus), single_driver=store.single_driver)
         plan = make_plan(run, cluster, job.blocks_per_stage)
         if job.dry_run:
             return Outcome(plan, {})
         area = RunArea(store, run.fingerprint)
         area.begin(run.document())
-        with EventLog(area) as events:
-            seconds = work_off(plan, area, job, stop, events)
+        holder = f"{socket.gethostname()} process {os.getpid()}"
+        with held_lease(area, holder) as lease, EventLog(area) as events:
+            seconds = work_off(plan, area, job, stop, lease, events)
+            lease.check()
             finish(run, area, job.export, anew=bool(seconds))
         return Outcome(plan, seconds)
 
@@ -78,7 +84,9 @@ def finished_run(sources: Sources, store: ObjectStore, export: str) -> Run | Non
     return run if run is not None and not missing_units(run, area) else None
 
 
-def work_off(plan: Plan, area: RunArea, job: JobConfig, stop: StopRequests, events: EventLog) -> Mapping[str, float]:
+def work_off(
+    plan: Plan, area: RunArea, job: JobConfig, stop: StopRequests, lease: Lease, events: EventLog
+) -> Mapping[str, float]:
     """Commit every unit that has no result yet, window by window, whatever becomes of workers.
 
     Returns:
@@ -89,6 +97,7 @@ def work_off(plan: Plan, area: RunArea, job: JobConfig, stop: StopRequests, even
         QuarantineError: all is done but for units that kept failing.
         OutputError: what the workers commit does not arrive.
         StoppedError: a stop was asked for.
+        LeaseError: another driver has taken over.
     """
     run, missing = plan.run, missing_units(plan.run, area)
     if not missing:
@@ -100,7 +109,7 @@ def work_off(plan: Plan, area: RunArea, job: JobConfig, stop: StopRequests, even
     passed: Window | None = None
     try:
         with _progress(run, missing) as progress:
-            watch = Watch(progress, events, metrics, stop, job.watchdog)
+            watch = Watch(progress, events, metrics, stop, lease.check, job.watchdog)
             for number in count():
                 todo = {unit: generation for unit, generation in missing.items() if unit not in ledger.quarantined}
                 workers = actors.gather(job.patience, job.watchdog, watch.tick) if todo else []
@@ -146,6 +155,7 @@ def finish(run: Run, area: RunArea, export: str, *, anew: bool) -> None:
     boundaries = Boundaries(area)
     for block in sorted(boundaries.available() - {0}):
         boundaries.discard(block)
+    area.collect_garbage()
 
 
 def _output(run: Run) -> Output:

@@ -82,7 +82,7 @@ class Stage(Pulse):
         self.placement = placement
         self.device = worker_device()
         self.decoder = Decoder(run.checkpoint, dtype=run.dtype, device=self.device)
-        self.area = RunArea(ObjectStore(run.output), run.fingerprint)
+        self.area = RunArea(ObjectStore(run.output, run.single_driver), run.fingerprint)
         self.boundaries = Boundaries(self.area)
         self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
         self.writers = ThreadPoolExecutor(_BOUNDARY_WRITERS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,7 @@ class Watch:
     Args:
         progress, events, metrics: whom to tell.
         stop: raises where a stop was asked for.
+        fence: raises where another driver has taken over.
         silence: seconds without a sign of life after which a worker is killed; 0 for never.
     """
 
@@ -73,15 +74,16 @@ class Watch:
         events: EventLog,
         metrics: Metrics,
         stop: StopRequests,
+        fence: Callable[[], None],
         silence: float,
     ) -> None:
         self.progress, self.events, self.metrics, self.stop = progress, events, metrics, stop
-        self.silence = silence
+        self.silence, self._fence = silence, fence
         self._asked: dict[Worker, tuple[Any, float]] = {}
         self._told = time.monotonic()
 
     def tick(self, *, finishing: bool = False) -> None:
-        """Tell and hear; StoppedError if a stop was asked for."""
+        """Tell and hear; raises what ``stop`` and ``fence`` raise."""
         self.progress.tick()
         if time.monotonic() - self._told >= PROGRESS_SECONDS:
             self._told = time.monotonic()
@@ -90,6 +92,7 @@ class Watch:
             self.metrics.share.set(share)
         self.events.flush()
         self.stop.check(finishing=finishing)
+        self._fence()
 
     def wait(
         self, references: Sequence[Any], workers: Sequence[Worker], *, finishing: bool = False

@@ -20,7 +20,7 @@ class Overview:
         model, fingerprint: which run.
         total, done: units of work, and those with a valid record.
         damaged: units that have a record, but none that is valid.
-        complete: whether the output is assembled and committed.
+        complete: whether the output is assembled and committed, and nothing is known to be damaged.
         seconds_left: worker seconds that the missing units will take at the mean of those done; None before the first.
         last_commit: time of the newest record, ISO 8601, UTC.
     """
@@ -45,18 +45,18 @@ def overview(store: ObjectStore) -> Overview:
     if not found:
         raise OutputError(f"{store.url}: no run has begun here; expected {store.location('.srr')}")
     area = RunArea(store, found[-1])
-    run, records = area.run(), area.records()
+    records, units = area.records(), area.units()
     blocks = [record for unit, record in records.items() if unit != REST]
-    missing = len(run["units"]) - len(records)
+    missing = len(units - records.keys())
     spent = sum(sum(record.seconds.values()) for record in blocks)
     newest = max((record.finished for record in records.values()), default=None)
     return Overview(
-        model=run["model"],
+        model=str(area.run().get("model")),
         fingerprint=area.fingerprint,
-        total=len(run["units"]),
-        done=len(records),
+        total=len(units),
+        done=len(units) - missing,
         damaged=sorted(area.next_generations().keys() - records.keys()),
-        complete=store.exists(COMMIT),
+        complete=store.exists(COMMIT) and not area.is_condemned() and not missing,
         seconds_left=spent / len(blocks) * missing if blocks else None,
         last_commit=None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds"),
     )
