@@ -117,10 +117,15 @@ class Lease:
 
     def _write(self, document: LeaseDocument) -> bool:
         renewed = replace(document, nonce=uuid.uuid4().hex)
-        written = self._area.store.replace(_path(self._area), self._document.to_json(), renewed.to_json())
-        if written:
+        if self._area.store.replace(_path(self._area), self._document.to_json(), renewed.to_json()):
             self._document = renewed
-        return written
+            return True
+        # An earlier renewal may have been written though it seemed to fail.
+        found = _read(self._area)
+        if found is None or replace(found[1], nonce="") != replace(self._document, nonce=""):
+            return False
+        self._document = found[1]
+        return True
 
 
 @contextmanager
@@ -144,42 +149,49 @@ def _take(area: RunArea, holder: str, ttl: float) -> LeaseDocument:
     path = _path(area)
     mine = LeaseDocument(1, holder, uuid.uuid4().hex, f"{_place()} {os.getpid()}", time.time(), ttl)
     while not area.store.create(path, mine.to_json()):
-        found = area.store.get(path)
-        current = _parse(found, area.store.location(path))
-        if current is not None:
-            if not current.is_free():
-                _wait_until_abandoned(area, found, current)
-            mine = replace(mine, epoch=current.epoch + 1, nonce=uuid.uuid4().hex, since=time.time())
-        if area.store.replace(path, found, mine.to_json()):
+        if (found := _read(area)) is None:
+            continue
+        content, current = found
+        if not current.is_free():
+            _wait_until_abandoned(area, current)
+        mine = replace(mine, epoch=current.epoch + 1, nonce=uuid.uuid4().hex, since=time.time())
+        if area.store.replace(path, content, mine.to_json()):
             break
     return mine
 
 
-def _parse(data: bytes, source: str) -> LeaseDocument | None:
-    """None for a damaged lease, which nobody holds: its holder would have replaced it."""
+def _read(area: RunArea) -> tuple[bytes, LeaseDocument] | None:
+    """The lease as it lies there; None if somebody removed it.
+
+    A damaged one is held by nobody: its holder would have replaced it.
+    """
+    path = _path(area)
+    if not area.store.exists(path):
+        return None
+    content = area.store.get(path)
     try:
-        return parse(LeaseDocument, data, source)
+        return content, parse(LeaseDocument, content, area.store.location(path))
     except StoreError as error:
         logger.warning("the lease does not count: %s", error)
-        return None
+        return content, LeaseDocument(1, "", "", "", 0.0, TTL_SECONDS)
 
 
-def _wait_until_abandoned(area: RunArea, seen: bytes, current: LeaseDocument) -> None:
+def _wait_until_abandoned(area: RunArea, seen: LeaseDocument) -> None:
     """Return once the lease has not changed for its time to live, or is free; LeaseError if its holder renews it."""
-    logger.warning("held by %s; waiting up to %g s for a sign of life", current.describe(), current.ttl)
-    deadline = time.monotonic() + current.ttl
+    location, who = area.store.url, seen.describe()
+    logger.warning("%s is held by %s; waiting up to %g s for a sign of life", location, who, seen.ttl)
+    deadline = time.monotonic() + seen.ttl
     while (left := deadline - time.monotonic()) > 0:
-        time.sleep(min(left, current.ttl / RENEWALS / 4, LOOK_SECONDS))
-        data = area.store.get(_path(area))
-        now = current if data == seen else _parse(data, area.store.location(_path(area)))
-        if now is None or now.is_free():
+        time.sleep(min(left, seen.ttl / RENEWALS / 4, LOOK_SECONDS))
+        found = _read(area)
+        if found is None or found[1].is_free():
             return
-        if data != seen:
+        if found[1] != seen:
             raise LeaseError(
-                f"{area.store.url} is being worked on by {now.describe()}; wait for it to end, or stop it, and run the "
+                f"{location} is being worked on by {found[1].describe()}; wait for it to end, or stop it, and run the "
                 "same command again"
             )
-    logger.warning("no sign of life of %s for %g s; taking over", current.describe(), current.ttl)
+    logger.warning("%s: no sign of life of %s for %g s; taking over", location, who, seen.ttl)
 
 
 def _path(area: RunArea) -> str:

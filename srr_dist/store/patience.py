@@ -6,7 +6,6 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from itertools import count
 from typing import TypeVar
 
 TOTAL_SECONDS = 120.0
@@ -27,16 +26,16 @@ def patiently(request: Callable[[], T], transient: Callable[[Exception], bool], 
     Raises:
         Exception: whatever the request raised, if that is not transient or the time is over.
     """
-    deadline = None
-    for attempt in count():
+    deadline, longest = None, FIRST_SECONDS
+    while True:
         try:
             return request()
         except Exception as error:
             deadline = deadline or time.monotonic() + TOTAL_SECONDS
-            delay = random.uniform(0.5, 1) * min(FIRST_SECONDS * 2**attempt, LONGEST_SECONDS)
+            delay = random.uniform(0.5, 1) * longest
             if not transient(error) or time.monotonic() + delay > deadline:
                 raise
             level = logging.WARNING if delay > 1 else logging.DEBUG
             logger.log(level, "%s: %s: %s; trying again", name, type(error).__name__, error)
             time.sleep(delay)
-    raise AssertionError("unreachable")
+            longest = min(2 * longest, LONGEST_SECONDS)

@@ -94,14 +94,3 @@ def test_changed_byte_in_an_assembled_file_is_restored_without_redoing_a_block(j
     assert record_contents(copied) == before
     assert problems(copied, capsys) == []
     assert is_finished(copied, capsys)
-
-
-def test_changed_byte_that_assembly_meets_is_redone_by_the_same_command(job: Job, copied, capfd):
-    flip(block_file(copied, "00004", "adapter"))
-    (copied / "COMMIT").unlink()
-    assert verb.main(job.flags(copied)) == 1
-    assert "/blocks/00004/" in capfd.readouterr().err
-    ended = run("quantize", *job.flags(copied))
-    assert ended.code == 0, ended.err
-    assert {name for name in record_contents(copied) if ".g2." in name} == {"00004.g2.json"}
-    assert verify.main([str(copied)]) == 0

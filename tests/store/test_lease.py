@@ -150,6 +150,35 @@ def test_lease_that_was_taken_over_is_lost_and_not_given_back(area):
     assert stored(area) == theirs
 
 
+def test_lease_that_an_operator_removes_is_free(area):
+    area.store.put(LEASE, replace(ELSEWHERE, ttl=LONG).to_json())
+    waiting = held_lease(area, "host:1", LONG)
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(waiting.__enter__)
+        area.store.delete(LEASE)
+        assert taken.result(DEADLINE_SECONDS).epoch in (1, 4)  # 4 if it was seen before it was removed
+    waiting.__exit__(None, None, None)
+
+
+def test_lease_whose_renewal_was_written_though_it_seemed_to_fail_is_kept(s3, s3_store, monkeypatch, caplog):
+    monkeypatch.setattr("srr_dist.store.patience.TOTAL_SECONDS", 0.0)
+    area = RunArea(s3_store, FINGERPRINT)
+    with held_lease(area, "host:1", SHORT) as lease:
+        first = stored(area)
+
+        def write_but_fail(environ, start):
+            return s3.lose_answer(environ, start) if environ["REQUEST_METHOD"] == "PUT" else s3.serve(environ, start)
+
+        s3.handler = write_but_fail
+        wait_until(lambda: "the lease could not be renewed" in caplog.text)
+        s3.handler = s3.serve
+        written = stored(area)
+        assert written.nonce != first.nonce
+        wait_until(lambda: stored(area).nonce != written.nonce)
+        lease.check()
+    assert stored(area).holder == ""
+
+
 def test_lease_that_cannot_be_renewed_for_a_while_is_kept(s3, s3_store, monkeypatch, caplog):
     monkeypatch.setattr("srr_dist.store.patience.TOTAL_SECONDS", 0.1)
     area = RunArea(s3_store, FINGERPRINT)
