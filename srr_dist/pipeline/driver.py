@@ -16,7 +16,7 @@ from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Actors, connected
 from srr_dist.pipeline.failures import Ledger
 from srr_dist.pipeline.metrics import Metrics
-from srr_dist.pipeline.plan import Plan, make_plan
+from srr_dist.pipeline.plan import Plan, make_plan, smaller
 from srr_dist.pipeline.prepare import Sources, make_run, open_sources, scan_weights
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import Run, stored_dtype, unit_name, versions
@@ -121,11 +121,18 @@ def work_off(
                         f"{area.store.url}: {describe(window)} were worked off, but what the workers committed is not "
                         "here; use an output that every node of the cluster shares"
                     )
+                metrics.workers.set(len(workers))
                 events.note("window", blocks=describe(window), workers=len(workers))
                 failures = WindowWork(plan, workers, window, number, todo, watch).run()
                 left = missing_units(run, area)
                 ledger.committed(missing.keys() - left.keys())
-                ledger.add(failures)
+                if any(failure.kind == "memory" for failure in failures) and (less := smaller(plan)):
+                    plan = less
+                    log.warning("memory ran out; from here on %d blocks per stage", plan.holding.blocks)
+                    events.note("smaller", blocks_per_stage=plan.holding.blocks)
+                    ledger.add(failure for failure in failures if failure.kind != "memory")
+                else:
+                    ledger.add(failures)
                 missing, passed = left, None if failures else window
                 if not failures and not ledger.quarantined and window and window.save is not None and window.start:
                     boundaries.discard(window.start)

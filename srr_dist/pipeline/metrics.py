@@ -18,7 +18,6 @@ class Metrics:
         )
         self.bytes = Counter("srr_dist_bytes_committed", "Bytes of the committed units' files.", ("output",))
         self.failures = Counter("srr_dist_failures", "Failures, by kind.", ("output", "kind"))
-        self.replaced = Counter("srr_dist_workers_replaced", "Workers started in place of others.", ("output",))
         self.workers = Gauge("srr_dist_workers", "Workers that take part.", ("output",))
         self.share = Gauge("srr_dist_share_done", "Share of the work that is done, 0 to 1.", ("output",))
         for metric in vars(self).values():

@@ -6,11 +6,13 @@ written, it can kill the worker that writes, at that very moment.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from srr_dist.pipeline import cluster as cluster_module
 from srr_dist.store import ObjectStore, RunArea
 from srr_dist.store.events import read_events
 from srr_dist.store.failures import read_failures
-from tests.commands import end, flags, run, start, wait_until
+from tests.commands import TIMEOUT, end, flags, run, start, wait_until
 from tests.s3 import Answer, MotoServer, environment
 
 pytestmark = pytest.mark.slow
@@ -252,19 +254,30 @@ def test_driver_killed_at_random_instants_in_a_row(site, undisturbed):
     assert site.manifest("driver") == undisturbed
 
 
-def test_second_driver_on_one_output_is_refused_or_waits(site, undisturbed):
-    site.watch()
+def test_second_driver_on_one_output_is_refused_while_the_first_works(site, undisturbed):
+    ended_second = threading.Event()
+
+    def hold(path: str, environ: dict[str, Any]) -> bool:
+        if UPLOAD.search(path):
+            ended_second.wait(TIMEOUT)
+        return False
+
+    site.watch(hold)
     first = start("quantize", *site.flags("shared", workers=1))
-    wait_until(lambda: site.events("shared", "window"), first)
+    wait_until(lambda: site.events("shared", "solving"), first)
     second = run("quantize", *site.flags("shared", workers=1))
-    assert second.code not in (0, 2), second.err
+    ended_second.set()
+    assert second.code == 75, second.err
     assert "is being worked on by" in second.complaint[0]
     ended = end(first)
     assert ended.code == 0, ended.err
+    assert site.redone == []
     assert site.manifest("shared") == undisturbed
 
 
-def test_finished_run_resumes_without_ray_and_without_reading_weights(site, undisturbed, monkeypatch, capfd):
+def test_finished_run_resumes_without_ray_and_without_reading_weights(site, undisturbed, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="srr_dist")
+
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a finished run needs neither")
 
@@ -274,7 +287,7 @@ def test_finished_run_resumes_without_ray_and_without_reading_weights(site, undi
     begun = time.monotonic()
     assert verb.main(site.flags("undisturbed")) == 0
     assert time.monotonic() - begun < 5
-    assert "is finished already" in capfd.readouterr().err
+    assert "is finished already" in caplog.text
 
 
 def test_run_goes_on_with_fewer_workers_when_a_node_dies(site, undisturbed):
