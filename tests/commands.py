@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,11 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
     return Plan(run, cluster, needs, holding, tuple(windows))
 
 
+def smaller(plan: Plan) -> Plan | None:
+    """The plan with half the blocks per stage; None where a stage holds one block already."""
+    return make_plan(plan.run, plan.cluster, plan.holding.blocks // 2) if plan.holding.blocks > 1 else None
+
+
 def graph_needs(checkpoint: Checkpoint, graph: BlockGraph, work: Workload, dtype: str) -> tuple[Need, ...]:
     """Each block's memory. The source's own tensors are kept beside the weights unless they are the same memory."""
     same = {"float32": ("F32", "GGUF"), "bfloat16": ("BF16",)}[dtype]

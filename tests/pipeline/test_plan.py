@@ -10,10 +10,10 @@ from srr_dist.config import QuantizeConfig
 from srr_dist.errors import ConfigError
 from srr_dist.pipeline import prepare
 from srr_dist.pipeline.cluster import Cluster
-from srr_dist.pipeline.driver import stage_plans
 from srr_dist.pipeline.memory import PROCESS_BYTES, Budget
-from srr_dist.pipeline.plan import Plan, make_plan, output_bytes, rest_bytes
+from srr_dist.pipeline.plan import Plan, make_plan, output_bytes, rest_bytes, smaller
 from srr_dist.pipeline.run import Run
+from srr_dist.pipeline.work import stage_plans
 from tests.families import build
 
 PLENTY = Budget(2**40, None)
@@ -65,6 +65,14 @@ def test_windows_shrink_where_memory_is_short(model, text):
 def test_plan_that_does_not_fit_is_refused(model, text):
     with pytest.raises(ConfigError, match=r"^host_memory: .*model\.layers\.\d"):
         plan(make_run(model, text), budget=Budget(PROCESS_BYTES, None))
+
+
+def test_smaller_plan_has_half_the_blocks_until_one_is_left(model, text):
+    sizes, found = [], plan(make_run(model, text))
+    while found is not None:
+        sizes.append(found.holding.blocks)
+        found = smaller(found)
+    assert sizes == [4, 2, 1]
 
 
 def test_stages_are_told_where_sequences_enter_and_leave(model, text):

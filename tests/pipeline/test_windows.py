@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srr_dist.pipeline.windows import Window, all_windows, batches, even_parts, next_window
+from srr_dist.pipeline.windows import Window, all_windows, batches, even_parts, next_window, reachable
 
 COUNTS = st.integers(1, 40)
 STAGES = st.integers(1, 6)
@@ -110,3 +110,25 @@ def test_batches_are_enough_to_keep_every_stage_busy(sequences, stages):
 )
 def test_batches_of_a_small_run_are_these(sequences, stages, each, expected):
     assert batches(sequences, stages, each) == expected
+
+
+@given(resumed_runs(), STAGES, PER_STAGE, st.data())
+def test_suspect_has_its_window_to_itself(run, stages, per_stage, data):
+    _, pending, boundaries = run
+    suspects = data.draw(st.sets(st.sampled_from(sorted(pending))))
+    left, stored, solved = set(pending), set(boundaries), set()
+    while left:
+        window = next_window(left, stored, stages, per_stage, left & suspects)
+        assert len(window.collect) <= 1 or not window.collect & suspects
+        assert not window.collect & solved
+        solved |= window.collect
+        left -= window.collect
+        if window.save is not None:
+            stored = (stored - {window.start}) | {0, window.save}
+    assert solved == pending
+
+
+def test_blocks_behind_one_that_nothing_passes_are_out_of_reach_unless_a_boundary_lies_between():
+    assert reachable({1, 2, 3, 5}, {0}, {2}) == {1, 2}
+    assert reachable({1, 2, 3, 5}, {0, 4}, {2}) == {1, 2, 5}
+    assert reachable({1, 2, 3}, {0}, set()) == {1, 2, 3}
