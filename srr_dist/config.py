@@ -115,6 +115,7 @@ class JobConfig:
     host_memory: str = option("", "memory a worker may use on its host, as 8GiB; default: 80 % of what is free")
     blocks_per_stage: int = option(4, "decoder blocks a stage holds at most; fewer where memory is short")
     model_root: str = option("", f"where hub ids are looked up instead of the hub (or {MODEL_ROOT_VARIABLE})")
+    statistics: str = option("", "folder or URL that keeps moments, so that runs of one model and text share them")
     dry_run: bool = option(False, "print the plan and stop")
 
     def __post_init__(self) -> None:

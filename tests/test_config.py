@@ -65,6 +65,7 @@ REFUSED = [
     ("host_memory", "-1G", "a size as 8GiB or 80G"),
     ("blocks_per_stage", 0, "at least 1"),
     ("model_root", None, "a value of type str"),
+    ("statistics", None, "a value of type str"),
     ("dry_run", "yes", "a value of type bool"),
 ]
 

@@ -23,7 +23,8 @@ from srr_dist.pipeline.prepare import make_run, open_sources, scan_weights
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import Run, stored_dtype, unit_name, versions
 from srr_dist.pipeline.stage import Stage, StagePlan
-from srr_dist.pipeline.windows import Window, batches, next_window
+from srr_dist.pipeline.statistics import Statistics
+from srr_dist.pipeline.windows import Window, batches, next_window, next_window_at_rest
 from srr_dist.store import ObjectStore, RunArea
 from srr_dist.store.records import REST
 
@@ -55,10 +56,11 @@ def quantize(config: RunConfig) -> Outcome:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
     """
     sources, store = open_sources(config.quantize), ObjectStore(config.job.output)
+    statistics = ObjectStore(config.job.statistics).url if config.job.statistics else ""
     if not config.job.dry_run and not RunArea.find(store):
         scan_weights(sources.checkpoint, sources.graph)
     with connected(config.job) as cluster, stop_requests() as stop:
-        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus))
+        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus), statistics=statistics)
         plan = make_plan(run, cluster, config.job.blocks_per_stage)
         if config.job.dry_run:
             return Outcome(plan, {})
@@ -93,7 +95,7 @@ def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> Mapping[str, floa
                 if window is not None and window == passed:
                     raise OutputError(
                         f"{area.store.url}: {_describe(window)} were worked off, but what the workers committed is not "
-                        "here; use an output that every node of the cluster shares"
+                        "here; use an output (and statistics) that every node of the cluster shares"
                     )
                 try:
                     _work(actors, plan, window, window_count, missing, progress, stop)
@@ -121,6 +123,18 @@ def missing_units(run: Run, area: RunArea) -> dict[str, int]:
     valid = area.records()
     generations = area.next_generations()
     return {unit: generations.get(unit, 1) for unit in run.units if unit not in valid}
+
+
+def blocks_at_rest(run: Run) -> set[int]:
+    """Blocks that can be solved without a forward pass: nothing is calibrated, or all their moments are kept."""
+    if not run.token_ids.shape[0]:
+        return {block.index for block in run.graph.blocks}
+    kept = Statistics(run).available()
+    needed = {
+        block.index: {linear.input for linear in block.linears if linear.name in run.quantized}
+        for block in run.graph.blocks
+    }
+    return {index for index, inputs in needed.items() if inputs <= kept}
 
 
 def finish(run: Run, area: RunArea, export: str, *, anew: bool) -> None:
@@ -157,8 +171,8 @@ def _next_window(plan: Plan, missing: Mapping[str, int], boundaries: Boundaries)
     pending = [int(unit) for unit in missing if unit != REST]
     if not pending:
         return None
-    if not plan.run.token_ids.shape[0]:  # nothing flows through the blocks, each can be solved at once
-        return next_window(pending, {*pending, 0}, plan.cluster.workers, plan.holding.blocks)
+    if ready := blocks_at_rest(plan.run).intersection(pending):
+        return next_window_at_rest(ready, plan.cluster.workers, plan.holding.blocks)
     return next_window(pending, boundaries.available(), plan.cluster.workers, plan.holding.blocks)
 
 
@@ -180,8 +194,9 @@ def _work(
         plans = stage_plans(window, number, plan)
         progress.tick(f"{_describe(window)} · reading weights")
         _wait([stage.open.remote(part) for stage, part in zip(stages, plans, strict=True)], progress, stop)
-        progress.begin(f"{_describe(window)} · calibrating")
-        _pass_sequences(stages, plan, window, progress, stop)
+        if window.passes:
+            progress.begin(f"{_describe(window)} · calibrating")
+            _pass_sequences(stages, plan, window, progress, stop)
         _wait([stage.end_forward.remote() for stage in stages], progress, stop)
         for stage, part in zip(stages, plans, strict=True):
             solving += [
@@ -194,17 +209,17 @@ def _work(
 def stage_plans(window: Window, number: int, plan: Plan) -> list[StagePlan]:
     """What each stage is told of a window."""
     last = len(window.stages) - 1
-    calibrates = plan.run.token_ids.shape[0] > 0
     return [
         StagePlan(
             stage=index,
             window=number,
             blocks=blocks,
             collect=window.collect & frozenset(blocks),
-            start=window.start if index == 0 and calibrates else None,
-            save=window.save if index == last and calibrates else None,
+            start=window.start if index == 0 and window.passes else None,
+            save=window.save if index == last else None,
             last=index == last,
             planned_memory=plan.planned_memory(),
+            passes=window.passes,
         )
         for index, blocks in enumerate(window.stages)
     ]
@@ -254,7 +269,10 @@ def _progress(run: Run, area: RunArea) -> Progress:
     layers = sum(1 for block in pending for linear in block.linears if linear.name in run.quantized)
     if len(missing) < len(run.units):
         log.info("resuming: %d of %d units are committed", len(run.units) - len(missing), len(run.units))
-    return Progress("quantize", run.token_ids.shape[0] * len(pending), layers)
+    at_rest = blocks_at_rest(run).intersection(block.index for block in pending)
+    if at_rest and run.statistics:
+        log.info("statistics: the moments of %d of %d blocks are kept, no passes for these", len(at_rest), len(pending))
+    return Progress("quantize", run.token_ids.shape[0] * (len(pending) - len(at_rest)), layers)
 
 
 def _describe(window: Window | None) -> str:
