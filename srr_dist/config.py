@@ -156,19 +156,28 @@ class RunConfig:
         )
         return config
 
+    def flags(self) -> list[str]:
+        """The command line that gives this configuration: ``--name=value`` of each option that is not its default."""
+        values = {f: getattr(part, f.name) for part in (self.quantize, self.job) for f in fields(part)}
+        return [
+            f"--{f.name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for f, value in values.items()
+            if value != f.default
+        ]
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
+
+def load_recipe(path: str | Path, kind: str = "recipe") -> dict[str, Any]:
     """Options from a YAML recipe, unvalidated but for its shape: a mapping of option names to values."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"recipe: {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{kind}: {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe: {path} is no YAML: {error}") from None
+        raise ConfigError(f"{kind}: {path} is no YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"recipe: {path} must be a mapping of option names to values, found {type(content).__name__}")
+        raise ConfigError(f"{kind}: {path} must be a mapping of option names to values, found {type(content).__name__}")
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 

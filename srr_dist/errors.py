@@ -7,6 +7,7 @@ SrrError
 ├── OutputError        the output location holds something else           (exit code 2)
 ├── StoreError         storage answered in a way that cannot be worked with (exit code 1)
 ├── PipelineError      a worker or a unit of work failed for good         (exit code 1)
+├── QuarantineError    some units were set aside, all others are done     (exit code 3)
 └── StoppedError       the run was asked to stop and can be resumed       (exit code 75, EX_TEMPFAIL)
 
 Every message says what is wrong, which object it is about, what was expected and found, and what to do.
@@ -51,6 +52,12 @@ class StoreError(SrrError):
 
 class PipelineError(SrrError):
     """A worker or a unit of work failed for good; the message names the unit."""
+
+
+class QuarantineError(SrrError):
+    """Units that keep failing were set aside and all others are committed; the same command tries them again."""
+
+    exit_code = 3
 
 
 class StoppedError(SrrError):
