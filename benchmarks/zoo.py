@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-FIRST = ["--bits=3"]
+FIRST = ["--bits=3", "--split=criterion"]
 SECOND = ["--bits=4", "--split=criterion"]
 
 

@@ -29,13 +29,14 @@ from srr_dist.store import ObjectStore
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""How often an entry may end with exit code 75, stopped and resumable, before the zoo leaves it for another day."""
+"""How often an entry may be stopped (exit code 75) or killed before the zoo leaves it for another day."""
 
 PAUSE_SECONDS = 30.0
 """Before such an entry runs again."""
 
 POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: a forked child should do next to nothing
 
 
 @dataclass
@@ -60,7 +61,7 @@ class _Running:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_stop_with_parent,  # noqa: PLW1509  (this process starts no threads of its own)
+                preexec_fn=_stop_with_parent,  # noqa: PLW1509  (one system call, so that threads do no harm)
             )
 
 
@@ -236,5 +237,5 @@ def last_words(path: Path) -> str:
 
 def _stop_with_parent() -> None:
     """In a new child: be asked to stop when the zoo is killed, so that its runs do not go on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

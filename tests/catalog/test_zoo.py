@@ -44,14 +44,18 @@ class Zoo:
     def manifests(self) -> dict[str, bytes]:
         return {name: (self.output / name / "manifest.json").read_bytes() for name in GOOD}
 
-    def interrupt(self, sign: int, *milestones: str) -> Ended:
-        """Start the zoo and send it a signal once there are these files, in turn; waits for its children too."""
-        process = start("zoo", *self.arguments())
-        for pattern in milestones:
-            wait_until(lambda pattern=pattern: list(self.output.glob(pattern)), process)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(sign)
-        ended = end(process)
+    def run(self, *milestones: str, sign: int | None = None, concurrency: int = 1) -> Ended:
+        """Start the zoo, wait for these files in turn, send it a signal if there is one, and wait for its end."""
+        process = start("zoo", *self.arguments(concurrency=concurrency))
+        try:
+            for pattern in milestones:
+                wait_until(lambda pattern=pattern: list(self.output.glob(pattern)), process)
+            children = psutil.Process(process.pid).children(recursive=True)
+            if sign is not None:
+                process.send_signal(sign)
+            ended = end(process)
+        finally:
+            process.kill()
         _, alive = psutil.wait_procs(children, timeout=60)
         assert alive == []
         return ended
@@ -93,13 +97,14 @@ def alone(a_zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
 
 @pytest.mark.slow
 def test_zoo_killed_stopped_and_resumed_ends_with_every_result_as_if_made_alone(a_zoo, alone):
-    assert a_zoo.interrupt(signal.SIGKILL, "qwen3" + RECORDS).code == -signal.SIGKILL
-    stopped = a_zoo.interrupt(signal.SIGTERM, "results/qwen3.json", "llama-three" + RECORDS)
+    assert a_zoo.run("qwen3" + RECORDS, sign=signal.SIGKILL).code == -signal.SIGKILL
+    finished_one = ("qwen3/COMMIT", "results/qwen3.json", "llama-three" + RECORDS)
+    stopped = a_zoo.run(*finished_one, sign=signal.SIGTERM)
     assert stopped.code == 75, stopped.err
     assert "run the same command again to go on" in stopped.complaint[0]
     assert a_zoo.results()["llama-three"]["status"] == "stopped"
 
-    ended = end(start("zoo", *a_zoo.arguments(concurrency=2)))
+    ended = a_zoo.run("llama-three/COMMIT", "results/llama-three.json", "results/llama-four.json", concurrency=2)
     assert ended.code == 1, ended.err
     assert "3 of 4 results are done, 1 failed" in ended.complaint[0]
     results = a_zoo.results()
