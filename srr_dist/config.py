@@ -114,8 +114,14 @@ class JobConfig:
     gpu_memory: str = option("", "memory a worker may use on its GPU, as 70GiB; default: 90 % of what is free")
     host_memory: str = option("", "memory a worker may use on its host, as 8GiB; default: 80 % of what is free")
     blocks_per_stage: int = option(4, "decoder blocks a stage holds at most; fewer where memory is short")
+    patience: float = option(120.0, "seconds to wait for nodes that are gone before going on with fewer workers")
+    watchdog: float = option(60.0, "seconds without a sign of life after which a worker is replaced; 0: never")
+    grace: float = option(20.0, "seconds that a stop waits for blocks that are being solved")
     model_root: str = option("", f"where hub ids are looked up instead of the hub (or {MODEL_ROOT_VARIABLE})")
     statistics: str = option("", "folder or URL that keeps moments, so that runs of one model and text share them")
+    single_driver: bool = option(
+        False, "nothing else writes this output: use a store without conditional writes, looking before writing instead"
+    )
     dry_run: bool = option(False, "print the plan and stop")
 
     def __post_init__(self) -> None:
@@ -123,6 +129,8 @@ class JobConfig:
         _check_choices(self)
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
         _require(self.blocks_per_stage >= 1, "blocks_per_stage", "at least 1", self.blocks_per_stage)
+        for name in ("patience", "watchdog", "grace"):
+            _require(getattr(self, name) >= 0, name, "0 or more seconds", getattr(self, name))
         for name in ("gpu_memory", "host_memory"):
             parse_bytes(getattr(self, name), name)
 

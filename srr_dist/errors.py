@@ -9,6 +9,7 @@ SrrError
 ├── PipelineError      a worker or a unit of work failed for good         (exit code 1)
 ├── QuarantineError    some units were set aside, all others are done     (exit code 3)
 └── StoppedError       the run was asked to stop and can be resumed       (exit code 75, EX_TEMPFAIL)
+    └── LeaseError     another driver works on the same output            (exit code 75)
 
 Every message says what is wrong, which object it is about, what was expected and found, and what to do.
 """
@@ -64,3 +65,7 @@ class StoppedError(SrrError):
     """The run was asked to stop; everything committed is kept, the same command goes on from there."""
 
     exit_code = 75
+
+
+class LeaseError(StoppedError):
+    """Another driver works on the same output; the message names it."""

@@ -14,6 +14,7 @@ from hypothesis import settings
 
 from tests.commands import flags, run
 from tests.families import build
+from tests.s3 import SeaweedServer, environment
 
 WORDS = ["river", "hill", "town", "mill", "water", "bridge", "road", "market", "railway", "church", "ford", "sea"]
 
@@ -97,3 +98,21 @@ def finished(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = run("quantize", *job.flags("out", model=model, calibration=text), cwd=folder)
     assert ended.code == 0, ended.err
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def _seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]:
+    folder = tmp_path_factory.mktemp("seaweed") / "data"
+    folder.mkdir()
+    server = SeaweedServer(folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def seaweed(_seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> SeaweedServer:
+    """A real S3 server, one for all tests, with a bucket named "bucket"; AWS's variables lead to it."""
+    for name, value in environment(_seaweed.url).items():
+        monkeypatch.setenv(name, value)
+    return _seaweed

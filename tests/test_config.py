@@ -65,8 +65,12 @@ REFUSED = [
     ("host_memory", "0", "a size as 8GiB or 80G"),
     ("host_memory", "-1G", "a size as 8GiB or 80G"),
     ("blocks_per_stage", 0, "at least 1"),
+    ("patience", -1.0, "0 or more seconds"),
+    ("watchdog", -1.0, "0 or more seconds"),
+    ("grace", float("nan"), "0 or more seconds"),
     ("model_root", None, "a value of type str"),
     ("statistics", None, "a value of type str"),
+    ("single_driver", "yes", "a value of type bool"),
     ("dry_run", "yes", "a value of type bool"),
 ]
 

@@ -7,15 +7,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 from srr_dist.catalog.entries import Entry, Evaluation
 from srr_dist.errors import StoreError
+from srr_dist.export import is_complete
 from srr_dist.store import ObjectStore
 from srr_dist.store.documents import encode, parse
-from srr_dist.store.manifest import COMMIT
+from srr_dist.store.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -28,26 +30,26 @@ class Result:
     """Which output was finished under which settings."""
 
     settings: str
-    commit: str
+    manifest_sha256: str
 
 
 def record(store: ObjectStore, entry: Entry) -> None:
     """Note that the entry is quantized, evaluated and verified."""
-    store.put(_path(entry), encode(_now(store, entry), _path(entry)))
+    store.put(_path(entry), encode(_now(_output(entry), entry), _path(entry)))
 
 
 def figures(store: ObjectStore, entry: Entry) -> dict[str, Any] | None:
     """What an entry came to, from its report: numbers by name, None where not measured.
 
-    None if it was not finished as it stands in the zoo file, or its output is not the one any more.
+    None if it was not finished as it stands in the zoo file, or its output is not complete or not the one any more.
     """
-    needed = (_path(entry), _inside(entry, COMMIT), _inside(entry, REPORT))
-    if not all(map(store.exists, needed)):
+    path, output = _path(entry), _output(entry)
+    if not (store.exists(path) and is_complete(output, entry.config.job.export) and output.exists(REPORT)):
         return None
     try:
-        if parse(Result, store.get(_path(entry)), store.location(_path(entry))) != _now(store, entry):
+        if parse(Result, store.get(path), store.location(path)) != _now(output, entry):
             return None
-        return _figures(store.get_json(_inside(entry, REPORT)), entry.evaluation)
+        return _figures(output.get_json(REPORT), entry.evaluation)
     except (StoreError, LookupError, TypeError) as error:
         log.warning("%s: its result does not count: %s", entry.name, error)
         return None
@@ -66,12 +68,12 @@ def _figures(report: dict[str, Any], evaluation: Evaluation | None) -> dict[str,
     } | {name: measured.get(name) for name in MEASURED}
 
 
-def _now(store: ObjectStore, entry: Entry) -> Result:
-    return Result(entry.settings, store.get(_inside(entry, COMMIT)).decode("ascii", "replace"))
+def _now(output: ObjectStore, entry: Entry) -> Result:
+    return Result(entry.settings, hashlib.sha256(output.get(MANIFEST)).hexdigest())
 
 
-def _inside(entry: Entry, name: str) -> str:
-    return f"{entry.name}/{name}"
+def _output(entry: Entry) -> ObjectStore:
+    return ObjectStore(entry.config.job.output, entry.config.job.single_driver)
 
 
 def _path(entry: Entry) -> str:

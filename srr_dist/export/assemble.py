@@ -26,7 +26,7 @@ from srr_dist.export.tensorfile import TensorFile, encode_header
 from srr_dist.store.documents import encode
 from srr_dist.store.manifest import COMMIT, MANIFEST, Manifest, read_complete, write_commit
 from srr_dist.store.objects import FileEntry, ObjectStore
-from srr_dist.store.records import REST, BlockRecord
+from srr_dist.store.records import REST, BlockRecord, RunArea
 
 EXPORTS = {"compressed": ("base", "adapter"), "dense": ("dense",)}
 """Value of ``--export`` -> the folders it stands for."""
@@ -106,14 +106,17 @@ def assemble(
         layers={layer["name"]: _chosen(layer, output) for unit in units for layer in unit.record.layers},
     )
     write_commit(store, manifest)
+    RunArea(store, fingerprint).acquit_output()
     return manifest
 
 
 def is_complete(store: ObjectStore, export: str) -> bool:
-    """Whether the output is committed, holds this export, and every file of its manifest is there in its size."""
+    """Whether the output is committed and unmarked, holds this export, and has every file in its size."""
     try:
         manifest = read_complete(store)
     except (OutputError, StoreError):
+        return False
+    if RunArea(store, manifest.fingerprint).is_condemned():
         return False
     if not {folder for folder in EXPORTS[export] if folder != "adapter"} <= set(manifest.exports):
         return False
@@ -171,7 +174,7 @@ def _write_base(store: ObjectStore, units: Sequence[_Unit], output: Output) -> l
 
 def _write_adapter(store: ObjectStore, units: Sequence[_Unit], output: Output) -> list[FileEntry]:
     """Join the units' adapter files into one, a unit in memory at a time; each is checked against its record."""
-    parts = [(unit.adapter, unit.record.files["adapter"]) for unit in units if unit.adapter]
+    parts = [(unit.adapter, unit.record) for unit in units if unit.adapter]
     entries = [entry for part, _ in parts for entry in part.entries.values()]
     summary = {
         layer["name"]: {key: layer[key] for key in ("k", "rank", "singular_values")}
@@ -183,10 +186,13 @@ def _write_adapter(store: ObjectStore, units: Sequence[_Unit], output: Output) -
         local = Path(folder, "adapter_model.safetensors")
         with local.open("wb") as stream:
             stream.write(encode_header(entries, metadata))
-            for part, recorded in parts:
+            for part, record in parts:
                 body = part.raw(len(part.header), part.size)
-                if (found := hashlib.sha256(part.header + body).hexdigest()) != recorded.sha256:
-                    raise StoreError(f"{part.path}: sha256 {found}, its record says {recorded.sha256}; redo the block")
+                found, expected = hashlib.sha256(part.header + body).hexdigest(), record.files["adapter"].sha256
+                if found != expected:
+                    problem = f"{part.path}: sha256 {found}, its record says {expected}"
+                    RunArea(store, record.fingerprint).condemn(record, [problem])
+                    raise StoreError(f"{problem}; it no longer counts, the same command again redoes its block")
                 stream.write(body)
         weights = store.upload(local, f"adapter/{local.name}")
     ranks = adapter_ranks({entry.name: entry.shape for entry in entries})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 from srr_dist.errors import SrrError, StoreError
@@ -14,9 +16,13 @@ from srr_dist.export.packing import packed_width
 from srr_dist.export.tensorfile import TensorFile, decode_tensor
 from srr_dist.store.manifest import Manifest, read_complete
 from srr_dist.store.objects import FileEntry, ObjectStore
+from srr_dist.store.records import BlockRecord, RunArea
 
 READ_THREADS = 4
+_REDO = "it was changed or damaged; repeat the run, which redoes"
 FOLDERS = ("base", "adapter", "dense")
+
+logger = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -24,19 +30,50 @@ Shapes = dict[str, tuple[int, ...]]
 def verify_output(url: str) -> list[str]:
     """Everything that is wrong with the output at ``url``, a sentence each; [] if it is sound.
 
-    Reads every byte once, with one tensor per thread in memory. Whether the parts fit together is looked at when each
-    of them is intact.
+    Reads every byte of the output and of the committed blocks once, with one tensor per thread in memory. Whether the
+    parts fit together is looked at when each of them is intact. What is damaged is marked in the working area, if there
+    is one, so that the next run redoes the damaged blocks and assembles the output anew.
     """
     store = ObjectStore(url)
     try:
         manifest = read_complete(store)
     except SrrError as error:
         return [str(error)]
-    problems = list(_unlisted_files(store, manifest))
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for found in pool.map(lambda entry: list(_file_problems(store, entry)), manifest.files.values()):
-            problems += found
-    return problems or list(_fit_problems(store, manifest))
+        changed = [*chain(*pool.map(lambda entry: list(_file_problems(store, entry)), manifest.files.values()))]
+    changed += _block_problems(RunArea(store, manifest.fingerprint), changed)
+    found = [*_unlisted_files(store, manifest), *changed]
+    return found or list(_fit_problems(store, manifest))
+
+
+def _block_problems(area: RunArea, changed: Sequence[str]) -> list[str]:
+    """What is wrong with the committed blocks; marks them, and the output if that or it itself is changed."""
+    if not area.store.exists(area.path("run.json")):
+        return []
+    records = area.records(check_sizes=False)
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = list(pool.map(lambda record: list(_record_problems(area, record)), records.values()))
+    lost = [f"unit {unit}: no valid record; repeat the run, which redoes it" for unit in area.units() - records.keys()]
+    problems = [*sorted(lost), *chain(*found)]
+    try:
+        if changed or problems:
+            # The output's mark first: a run killed between redoing a block and assembling must not find it complete.
+            area.condemn_output([*changed, *problems])
+        for record, damage in zip(records.values(), found, strict=True):
+            if damage:
+                area.condemn(record, damage)
+    except StoreError as error:
+        logger.warning("what is damaged cannot be marked, so that the next run will not restore it: %s", error)
+    return problems
+
+
+def _record_problems(area: RunArea, record: BlockRecord) -> Iterator[str]:
+    for entry in record.files.values():
+        try:
+            if area.store.sha256(entry.path) != entry.sha256:
+                yield f"{entry.path}: its sha256 is not its record's; {_REDO} unit {record.unit}"
+        except StoreError as error:
+            yield f"{error}; {_REDO} unit {record.unit}"
 
 
 def _unlisted_files(store: ObjectStore, manifest: Manifest) -> Iterator[str]:
@@ -73,10 +110,7 @@ def _tensor_problems(file: TensorFile, sha256: str) -> Iterator[str]:
 
 
 def _changed(path: str) -> str:
-    return (
-        f"{path}: its sha256 is not the manifest's; it was changed or damaged. To restore it, delete COMMIT (for a "
-        "shard of base/ the record of its block below .srr/ as well) and repeat the run"
-    )
+    return f"{path}: its sha256 is not the manifest's; it was changed or damaged. Repeat the run, which restores it"
 
 
 def _fit_problems(store: ObjectStore, manifest: Manifest) -> Iterator[str]:

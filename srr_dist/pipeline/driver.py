@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import logging
-import signal
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
-
-from srr_dist.config import RunConfig
-from srr_dist.errors import OutputError, PipelineError, SrrError, StoppedError, StoreError
+from srr_dist.config import JobConfig, RunConfig
+from srr_dist.errors import OutputError
 from srr_dist.export import Output, assemble, is_complete, write_views
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Actors, connected
-from srr_dist.pipeline.plan import Plan, hidden_size, make_plan
-from srr_dist.pipeline.prepare import make_run, open_sources, scan_weights
+from srr_dist.pipeline.failures import Ledger
+from srr_dist.pipeline.metrics import Metrics
+from srr_dist.pipeline.plan import Plan, make_plan
+from srr_dist.pipeline.prepare import Sources, make_run, open_sources, scan_weights
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import Run, stored_dtype, unit_name, versions
-from srr_dist.pipeline.stage import Stage, StagePlan
+from srr_dist.pipeline.stage import Stage
 from srr_dist.pipeline.statistics import Statistics
-from srr_dist.pipeline.windows import Window, batches, next_window, next_window_at_rest
-from srr_dist.store import ObjectStore, RunArea
+from srr_dist.pipeline.watch import StopRequests, Watch, stop_requests
+from srr_dist.pipeline.windows import Window, next_window, next_window_at_rest, reachable
+from srr_dist.pipeline.work import WindowWork, describe
+from srr_dist.store import ObjectStore, RunArea, read_complete
+from srr_dist.store.events import EventLog
+from srr_dist.store.lease import Lease, held_lease
 from srr_dist.store.records import REST
 
 log = logging.getLogger(__name__)
-
-ATTEMPTS = 3
-"""Failures of workers in a row, without one block committed between them, after which a run gives up."""
-
-POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,11 @@ class Outcome:
     """What a run followed and how long it took.
 
     Attributes:
-        plan: windows, memory, bytes.
+        plan: windows, memory, bytes; None where the output was finished already.
         seconds: wall time of passing sequences ("passes") and of solving ("layers"), without start-up and reading.
     """
 
-    plan: Plan
+    plan: Plan | None
     seconds: Mapping[str, float]
 
 
@@ -55,64 +52,87 @@ def quantize(config: RunConfig) -> Outcome:
     Raises:
         SrrError: see ``srr_dist.errors``; nothing committed is lost.
     """
-    sources, store = open_sources(config.quantize), ObjectStore(config.job.output)
-    statistics = ObjectStore(config.job.statistics).url if config.job.statistics else ""
-    if not config.job.dry_run and not RunArea.find(store):
-        scan_weights(sources.checkpoint, sources.graph)
-    with connected(config.job) as cluster, stop_requests() as stop:
-        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus), statistics=statistics)
-        plan = make_plan(run, cluster, config.job.blocks_per_stage)
-        if config.job.dry_run:
+    job, sources = config.job, open_sources(config.quantize)
+    store = ObjectStore(job.output, job.single_driver)
+    if not job.dry_run:
+        if finished := finished_run(sources, store, job.export):
+            finish(finished, RunArea(store, finished.fingerprint), job.export, anew=False)
+            return Outcome(None, {})
+        if not RunArea.find(store):
+            scan_weights(sources.checkpoint, sources.graph)
+    statistics = ObjectStore(job.statistics).url if job.statistics else ""
+    with connected(job) as cluster, stop_requests(job.grace) as stop:
+        on_gpu = bool(cluster.gpus)
+        run = make_run(sources, store.url, on_gpu=on_gpu, single_driver=store.single_driver, statistics=statistics)
+        plan = make_plan(run, cluster, job.blocks_per_stage)
+        if job.dry_run:
             return Outcome(plan, {})
         area = RunArea(store, run.fingerprint)
         area.begin(run.document())
-        seconds = work_off(plan, area, stop)
-        finish(run, area, config.job.export, anew=bool(seconds))
+        holder = f"{socket.gethostname()} process {os.getpid()}"
+        with held_lease(area, holder) as lease, EventLog(area) as events:
+            seconds = work_off(plan, area, job, stop, lease, events)
+            lease.check()
+            finish(run, area, job.export, anew=bool(seconds))
         return Outcome(plan, seconds)
 
 
-def work_off(plan: Plan, area: RunArea, stop: StopRequests) -> Mapping[str, float]:
-    """Commit every unit that has no result yet, window by window, replacing workers that die.
+def finished_run(sources: Sources, store: ObjectStore, export: str) -> Run | None:
+    """The run of these sources, if the output holds its finished result; needs no cluster and reads no weights."""
+    if not is_complete(store, export):
+        return None
+    area = RunArea(store, read_complete(store).fingerprint)
+    runs = (make_run(sources, store.url, on_gpu=on_gpu) for on_gpu in (False, True))
+    run = next((run for run in runs if run.fingerprint == area.fingerprint), None)
+    return run if run is not None and not missing_units(run, area) else None
+
+
+def work_off(
+    plan: Plan, area: RunArea, job: JobConfig, stop: StopRequests, lease: Lease, events: EventLog
+) -> Mapping[str, float]:
+    """Commit every unit that has no result yet, window by window, whatever becomes of workers.
 
     Returns:
         Wall seconds by kind of work.
 
     Raises:
-        PipelineError: workers died ``ATTEMPTS`` times in a row without a block committed between.
+        PipelineError: something that is no unit's fault failed too often in a row, or no worker starts.
+        QuarantineError: all is done but for units that kept failing.
         OutputError: what the workers commit does not arrive.
         StoppedError: a stop was asked for.
+        LeaseError: another driver has taken over.
     """
-    run = plan.run
-    if not missing_units(run, area):
+    run, missing = plan.run, missing_units(plan.run, area)
+    if not missing:
         return {}
-    boundaries = Boundaries(area)
+    metrics, boundaries = Metrics(area.store.url), Boundaries(area)
+    ledger = Ledger(area, events, metrics)
+    _note_start(events, plan, missing)
     actors = Actors(plan.cluster, Stage, run, plan.holding.placement, plan.cluster.cpus)
-    failures, window_count, passed = 0, 0, None
+    passed: Window | None = None
     try:
-        with _progress(run, area) as progress:
-            while missing := missing_units(run, area):
-                window = _next_window(plan, missing, boundaries)
+        with _progress(run, missing) as progress:
+            watch = Watch(progress, events, metrics, stop, lease.check, job.watchdog)
+            for number in count():
+                todo = {unit: generation for unit, generation in missing.items() if unit not in ledger.quarantined}
+                workers = actors.gather(job.patience, job.watchdog, watch.tick) if todo else []
+                window = _next_window(plan, todo, boundaries, ledger, len(workers))
+                if window is None and REST not in todo:
+                    break
                 if window is not None and window == passed:
                     raise OutputError(
-                        f"{area.store.url}: {_describe(window)} were worked off, but what the workers committed is not "
+                        f"{area.store.url}: {describe(window)} were worked off, but what the workers committed is not "
                         "here; use an output (and statistics) that every node of the cluster shares"
                     )
-                try:
-                    _work(actors, plan, window, window_count, missing, progress, stop)
-                except (RayActorError, StoreError) as error:
-                    failures = failures + 1 if len(missing_units(run, area)) == len(missing) else 1
-                    if failures >= ATTEMPTS:
-                        raise PipelineError(
-                            f"{_describe(window)}: failed {failures} times in a row, last: {error}; what is committed "
-                            "is kept, the same command goes on from there"
-                        ) from error
-                    log.warning("%s: %s; starting its workers anew", _describe(window), error)
-                    passed = None
-                    actors.start()
-                else:
-                    failures, window_count, passed = 0, window_count + 1, window
-                    if window is not None and window.save is not None and window.start:
-                        boundaries.discard(window.start)
+                events.note("window", blocks=describe(window), workers=len(workers))
+                failures = WindowWork(plan, workers, window, number, todo, watch).run()
+                left = missing_units(run, area)
+                ledger.committed(missing.keys() - left.keys())
+                ledger.add(failures)
+                missing, passed = left, None if failures else window
+                if not failures and not ledger.quarantined and window and window.save is not None and window.start:
+                    boundaries.discard(window.start)
+        ledger.close(missing)
         return progress.seconds
     finally:
         actors.stop()
@@ -150,6 +170,7 @@ def finish(run: Run, area: RunArea, export: str, *, anew: bool) -> None:
     boundaries = Boundaries(area)
     for block in sorted(boundaries.available() - {0}):
         boundaries.discard(block)
+    area.collect_garbage()
 
 
 def _output(run: Run) -> Output:
@@ -166,105 +187,20 @@ def _output(run: Run) -> Output:
     )
 
 
-def _next_window(plan: Plan, missing: Mapping[str, int], boundaries: Boundaries) -> Window | None:
-    """The next window, or None where only the tensors outside the blocks are missing."""
-    pending = [int(unit) for unit in missing if unit != REST]
-    if not pending:
-        return None
-    if ready := blocks_at_rest(plan.run).intersection(pending):
-        return next_window_at_rest(ready, plan.cluster.workers, plan.holding.blocks)
-    return next_window(pending, boundaries.available(), plan.cluster.workers, plan.holding.blocks)
+def _next_window(
+    plan: Plan, missing: Mapping[str, int], boundaries: Boundaries, ledger: Ledger, workers: int
+) -> Window | None:
+    """The next window, or None where no block is missing that can be reached."""
+    pending = {int(unit) for unit in missing if unit != REST}
+    suspects = {int(unit) for unit in ledger.suspects if unit != REST}
+    if ready := pending & blocks_at_rest(plan.run):
+        return next_window_at_rest(ready, workers, plan.holding.blocks, suspects)
+    starts = boundaries.available()
+    pending = reachable(pending, starts, [int(unit) for unit in ledger.impassable if unit != REST])
+    return next_window(pending, starts, workers, plan.holding.blocks, pending & suspects) if pending else None
 
 
-def _work(
-    actors: Actors,
-    plan: Plan,
-    window: Window | None,
-    number: int,
-    missing: Mapping[str, int],
-    progress: Progress,
-    stop: StopRequests,
-) -> None:
-    """One window: open the stages, pass the sequences through them, let each solve and commit its blocks."""
-    solving: list[Any] = []
-    if REST in missing:
-        solving.append(actors.handles[-1].store_rest.remote(missing[REST]))
-    if window is not None:
-        stages = actors.handles[: len(window.stages)]
-        plans = stage_plans(window, number, plan)
-        progress.tick(f"{_describe(window)} · reading weights")
-        _wait([stage.open.remote(part) for stage, part in zip(stages, plans, strict=True)], progress, stop)
-        if window.passes:
-            progress.begin(f"{_describe(window)} · calibrating")
-            _pass_sequences(stages, plan, window, progress, stop)
-        _wait([stage.end_forward.remote() for stage in stages], progress, stop)
-        for stage, part in zip(stages, plans, strict=True):
-            solving += [
-                stage.solve.remote(index, missing[unit_name(index)]) for index in part.blocks if index in part.collect
-            ]
-    progress.begin(f"{_describe(window)} · solving")
-    _wait(solving, progress, stop)
-
-
-def stage_plans(window: Window, number: int, plan: Plan) -> list[StagePlan]:
-    """What each stage is told of a window."""
-    last = len(window.stages) - 1
-    return [
-        StagePlan(
-            stage=index,
-            window=number,
-            blocks=blocks,
-            collect=window.collect & frozenset(blocks),
-            start=window.start if index == 0 and window.passes else None,
-            save=window.save if index == last else None,
-            last=index == last,
-            planned_memory=plan.planned_memory(),
-            passes=window.passes,
-        )
-        for index, blocks in enumerate(window.stages)
-    ]
-
-
-def _pass_sequences(stages: list[Any], plan: Plan, window: Window, progress: Progress, stop: StopRequests) -> None:
-    """Send every sequence through the chain of stages, with a bounded number of messages under way."""
-    run, passed = plan.run, 0
-    count, seq_len = run.token_ids.shape
-    sequence_bytes = seq_len * hidden_size(run.checkpoint) * run.dtype.itemsize
-    under_way: deque[tuple[Any, int]] = deque()
-    for batch in batches(count, len(stages), sequence_bytes):
-        message = None
-        for stage in stages:
-            message = stage.forward.remote(tuple(batch), message)
-        under_way.append((message, len(batch)))
-        while len(under_way) > (len(stages) + 1 if batch.stop < count else 0):
-            oldest, size = under_way.popleft()
-            _wait([oldest], progress, stop)
-            passed += size
-            progress.note = f"{_describe(window)} · calibrating {passed}/{count}"
-            progress.advance("passes", size * len(window.blocks))
-
-
-def _wait(references: list[Any], progress: Progress, stop: StopRequests) -> None:
-    """Wait until all are done, in whatever order; count what solved blocks report. Errors of workers come out here."""
-    left = list(references)
-    while left:
-        done, left = ray.wait(left, num_returns=1, timeout=POLL_SECONDS)
-        for reference in done:
-            try:
-                summary = ray.get(reference)
-            except RayTaskError as error:
-                if isinstance(error.cause, SrrError):
-                    raise error.cause from error
-                raise PipelineError(f"a worker failed: {error}") from error
-            if isinstance(summary, dict):
-                progress.advance("layers", summary["layers"])
-                log.debug("unit %s committed: %s", summary["unit"], summary["seconds"])
-        progress.tick()
-        stop.check()
-
-
-def _progress(run: Run, area: RunArea) -> Progress:
-    missing = missing_units(run, area)
+def _progress(run: Run, missing: Mapping[str, int]) -> Progress:
     pending = [block for block in run.graph.blocks if unit_name(block.index) in missing]
     layers = sum(1 for block in pending for linear in block.linears if linear.name in run.quantized)
     if len(missing) < len(run.units):
@@ -275,32 +211,16 @@ def _progress(run: Run, area: RunArea) -> Progress:
     return Progress("quantize", run.token_ids.shape[0] * (len(pending) - len(at_rest)), layers)
 
 
-def _describe(window: Window | None) -> str:
-    return "rest" if window is None else f"blocks {window.blocks[0]}–{window.blocks[-1]}"
-
-
-class StopRequests:
-    """Remembers that a stop was asked for, until the driver reaches a point where it can."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def check(self) -> None:
-        """Raise StoppedError if a stop was asked for."""
-        if self.requested:
-            raise StoppedError("stopped on request; run the same command again to go on")
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequests]:
-    """Turn SIGTERM into a stop at the next poll. Entered after ``ray.init``, which installs a handler of its own."""
-    stop = StopRequests()
-
-    def request(number: int, frame: object) -> None:
-        stop.requested = True
-
-    previous = signal.signal(signal.SIGTERM, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _note_start(events: EventLog, plan: Plan, missing: Mapping[str, int]) -> None:
+    events.note(
+        "started",
+        versions=versions(),
+        workers=plan.cluster.workers,
+        cpus=plan.cluster.cpus,
+        gpus=plan.cluster.gpus,
+        blocks_per_stage=plan.holding.blocks,
+        moments=plan.holding.placement,
+        units=len(plan.run.units),
+        missing=len(missing),
+    )
+    events.flush(now=True)

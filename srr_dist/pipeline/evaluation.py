@@ -21,7 +21,7 @@ from srr_dist.errors import OutputError
 from srr_dist.export import QuantizedModel
 from srr_dist.export.base import bits_per_weight
 from srr_dist.pipeline import hidden_states
-from srr_dist.pipeline.cluster import Actors, Cluster, connected
+from srr_dist.pipeline.cluster import Actors, Cluster, Pulse, connected
 from srr_dist.pipeline.comparison import Comparison, compare
 from srr_dist.pipeline.host import worker_device
 from srr_dist.pipeline.memory import Workload, choose_holding
@@ -48,12 +48,11 @@ class EvaluationConfig:
     revision: str | None = None
 
 
-class EvaluationStage:
+class EvaluationStage(Pulse):
     """Holds consecutive blocks twice, original and quantized, and runs both on their own hidden states."""
 
     def __init__(self, checkpoint: Checkpoint, quantized: QuantizedModel, dtype: torch.dtype, threads: int) -> None:
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
+        self.threads = threads
         self.quantized, self.dtype = quantized, dtype
         self.device = worker_device()
         self.original = Decoder(checkpoint, dtype=dtype, device=self.device)
@@ -62,6 +61,8 @@ class EvaluationStage:
 
     def open(self, blocks: tuple[int, ...], *, first: bool) -> None:
         """Replace the blocks held; the first stage of the first window embeds tokens as well."""
+        torch.set_num_threads(self.threads)  # here, because both settings belong to the thread that does the work
+        torch.set_grad_enabled(False)
         for index in self.blocks:
             self.original.drop_block(index)
             self.other.drop_block(index)

@@ -37,6 +37,8 @@ class Run:
     token_ids: np.ndarray[Any, np.dtype[np.int64]]
     """Calibration tokens, int64 ``[N, T]``; N = 0 when nothing is calibrated."""
     tokens_sha256: str
+    single_driver: bool = False
+    """Whether the output's store is used without conditional writes."""
     statistics: str = ""
     """Where moments are kept for other runs, "" to keep none."""
 

@@ -29,6 +29,8 @@ from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.base import linear_tensors
 from srr_dist.pipeline import hidden_states
 from srr_dist.pipeline.boundaries import Boundaries
+from srr_dist.pipeline.cluster import Pulse
+from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
 from srr_dist.pipeline.run import Run, unit_name, versions
 from srr_dist.pipeline.statistics import Statistics
@@ -71,17 +73,19 @@ class _Held:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class Stage:
-    """The worker's side of the pipeline. Methods are called one at a time, in the order the driver submits them."""
+class Stage(Pulse):
+    """The worker's side of the pipeline. Methods are called one at a time, in the order the driver submits them.
+
+    What goes wrong unexpectedly comes out as a UnitError that names the block.
+    """
 
     def __init__(self, run: Run, placement: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
         self.run = run
+        self.threads = threads
         self.placement = placement
         self.device = worker_device()
         self.decoder = Decoder(run.checkpoint, dtype=run.dtype, device=self.device)
-        self.area = RunArea(ObjectStore(run.output), run.fingerprint)
+        self.area = RunArea(ObjectStore(run.output, run.single_driver), run.fingerprint)
         self.boundaries = Boundaries(self.area)
         self.statistics = Statistics(run)
         self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
@@ -92,11 +96,14 @@ class Stage:
 
     def open(self, plan: StagePlan) -> None:
         """Drop the last window and read this one's weights; NaN or Inf in them is a CheckpointError."""
+        torch.set_num_threads(self.threads)  # here, because both settings belong to the thread that does the work
+        torch.set_grad_enabled(False)
         for index in list(self.held):
             self._drop(index)
         self.plan, self.saved = plan, {}
         for index in plan.blocks:
-            self._hold(self.run.graph.blocks[index], collect=index in plan.collect)
+            with blame(unit_name(index)):
+                self._hold(self.run.graph.blocks[index], collect=index in plan.collect)
         if plan.start == 0:
             self.decoder.load_embedding()
 
@@ -134,18 +141,42 @@ class Stage:
             elif plan.passes:
                 self._keep_moments(self.held[index])
 
-    def solve(self, index: int, generation: int) -> dict[str, Any]:
+    def solve(self, index: int, generation: int) -> dict[str, Any] | None:
         """Solve every layer of a block, upload the result and commit it; returns a summary for the progress line.
 
-        A block whose stored moments turn out to be damaged is left as it is, to be calibrated in another window.
+        A block whose stored moments turn out to be damaged is left as it is, to be calibrated in another window:
+        None is returned for it.
 
         Raises:
             CalibrationError: too many of a layer's input rows were NaN or Inf.
         """
-        held, plan = self.held[index], self._plan()
-        if not (plan.passes or self._recall_moments(held)):
-            self._drop(index)
-            return {"unit": unit_name(index), "layers": 0, "seconds": held.seconds}
+        with blame(unit_name(index)):
+            held = self.held[index]
+            if not (self._plan().passes or self._recall_moments(held)):
+                self._drop(index)
+                return None
+            return self._solve(held, unit_name(index), generation)
+
+    def store_rest(self, generation: int) -> dict[str, Any]:
+        """Read, check and commit every tensor outside the blocks, as the source has it."""
+        with blame(REST):
+            started = time.perf_counter()
+            tensors = self.run.checkpoint.read(self.run.graph.rest)
+            seconds = {"read": time.perf_counter() - started}
+            held = _Held(Block(-1, REST, self.run.graph.rest, (), 0), tensors, {}, seconds)
+            return _summary(self._commit(REST, generation, tensors, {}, [], held, None))
+
+    def _hold(self, block: Block, *, collect: bool) -> None:
+        started = time.perf_counter()
+        tensors = self.run.checkpoint.read(block.tensors)
+        self.decoder.load_block(block.index, tensors)
+        held = _Held(block, tensors if collect else {}, {})
+        if collect and self.run.token_ids.shape[0]:
+            self._attach_moments(held, listen=self._plan().passes)
+        held.seconds = {"read": time.perf_counter() - started, "calibrate": 0.0}
+        self.held[block.index] = held
+
+    def _solve(self, held: _Held, unit: str, generation: int) -> dict[str, Any]:
         base = dict(held.source)
         adapter: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
@@ -160,27 +191,9 @@ class Stage:
                 adapter |= adapter_tensors(linear.name, solution.L.cpu(), solution.R.cpu())
                 layers.append(self._layer_record(solution.result, linear, held.block, moment))
         held.seconds["solve"] = time.perf_counter() - started
-        record = self._commit(unit_name(index), generation, base, adapter, layers, held, plan)
-        self._drop(index)
-        return {"unit": record.unit, "layers": len(layers), "seconds": record.seconds}
-
-    def store_rest(self, generation: int) -> dict[str, Any]:
-        """Read, check and commit every tensor outside the blocks, as the source has it."""
-        started = time.perf_counter()
-        tensors = self.run.checkpoint.read(self.run.graph.rest)
-        held = _Held(Block(-1, REST, self.run.graph.rest, (), 0), tensors, {}, {"read": time.perf_counter() - started})
-        record = self._commit(REST, generation, tensors, {}, [], held, None)
-        return {"unit": record.unit, "layers": 0, "seconds": record.seconds}
-
-    def _hold(self, block: Block, *, collect: bool) -> None:
-        started = time.perf_counter()
-        tensors = self.run.checkpoint.read(block.tensors)
-        self.decoder.load_block(block.index, tensors)
-        held = _Held(block, tensors if collect else {}, {})
-        if collect and self.run.token_ids.shape[0]:
-            self._attach_moments(held, listen=self._plan().passes)
-        held.seconds = {"read": time.perf_counter() - started, "calibrate": 0.0}
-        self.held[block.index] = held
+        record = self._commit(unit, generation, base, adapter, layers, held, self._plan())
+        self._drop(held.block.index)
+        return _summary(record)
 
     def _attach_moments(self, held: _Held, *, listen: bool) -> None:
         """One moment per shared input; where they are to ``listen``, fed by a hook on the first layer that reads it."""
@@ -244,7 +257,8 @@ class Stage:
     def _through(self, hidden: Tensor) -> Tensor:
         for index in self._plan().blocks:
             started = time.perf_counter()
-            hidden = self.decoder.run_block(index, hidden)
+            with blame(unit_name(index)):
+                hidden = self.decoder.run_block(index, hidden)
             self.held[index].seconds["calibrate"] += time.perf_counter() - started
         return hidden
 
@@ -331,6 +345,12 @@ class Stage:
     def _plan(self) -> StagePlan:
         assert self.plan is not None, "open() comes first"
         return self.plan
+
+
+def _summary(record: BlockRecord) -> dict[str, Any]:
+    """What the driver is told of a committed unit."""
+    written = sum(entry.size for entry in record.files.values())
+    return {"unit": record.unit, "layers": len(record.layers), "seconds": record.seconds, "bytes": written}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -31,7 +31,13 @@ class Window:
         return [block for stage in self.stages for block in stage]
 
 
-def next_window(pending: Collection[int], boundaries: Collection[int], stages: int, blocks_per_stage: int) -> Window:
+def next_window(
+    pending: Collection[int],
+    boundaries: Collection[int],
+    stages: int,
+    blocks_per_stage: int,
+    suspects: Collection[int] = (),
+) -> Window:
     """The window that works on the first pending block.
 
     Args:
@@ -39,18 +45,36 @@ def next_window(pending: Collection[int], boundaries: Collection[int], stages: i
         boundaries: blocks in front of which activations are stored; holds 0.
         stages: workers at hand.
         blocks_per_stage: blocks each may hold.
+        suspects: blocks that have a window to themselves, so that what goes wrong in it is theirs.
     """
     first, last = min(pending), max(pending)
     start = max(boundary for boundary in boundaries if boundary <= first)
     stop = min(start + stages * blocks_per_stage, last + 1)
+    if first in suspects:
+        stop = min(stop, first + 1)
+    stop = min([stop, *(block for block in suspects if block > first)])
     parts = even_parts(range(start, stop), stages)
     return Window(start, parts, frozenset(pending) & frozenset(range(start, stop)), stop if stop <= last else None)
 
 
-def next_window_at_rest(ready: Collection[int], stages: int, blocks_per_stage: int) -> Window:
-    """The window that solves the first of the blocks, not empty, which no sequence has to pass any more."""
-    blocks = sorted(ready)[: stages * blocks_per_stage]
+def next_window_at_rest(
+    ready: Collection[int], stages: int, blocks_per_stage: int, suspects: Collection[int] = ()
+) -> Window:
+    """The window that solves the first of the blocks, not empty, which no sequence has to pass any more.
+
+    Suspects come last, each in a window to itself.
+    """
+    blocks = sorted(set(ready).difference(suspects))[: stages * blocks_per_stage] or [min(ready)]
     return Window(blocks[0], even_parts(blocks, stages), frozenset(blocks), save=None, passes=False)
+
+
+def reachable(pending: Collection[int], boundaries: Collection[int], impassable: Collection[int]) -> set[int]:
+    """The pending blocks whose hidden states can be had: no block that sequences do not get through lies before."""
+    return {
+        block
+        for block in pending
+        if not any(max(start for start in boundaries if start <= block) <= wall < block for wall in impassable)
+    }
 
 
 def all_windows(count: int, stages: int, blocks_per_stage: int) -> list[Window]:

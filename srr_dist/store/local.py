@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -16,23 +17,34 @@ from pathlib import Path
 from srr_dist.store.paths import TEMPORARY_PREFIX
 
 CHUNK_BYTES = 8 * 2**20
+LOCK_PREFIX = f"{TEMPORARY_PREFIX}lock-"
+"""Files that processes lock while they replace the object named after it; they stay, empty."""
+
+_TRANSIENT = {errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
 _NO_HARD_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class LocalFolder:
-    """Backend over a POSIX folder, which need not exist yet; a network file system works if its links are atomic."""
+    """Backend over a POSIX folder, which need not exist yet.
+
+    A network file system works if its links are atomic and, for ``replace``, if it passes locks on to the server, as
+    NFS does unless it is mounted with ``nolock``. Symbolic links that lead out of the folder are refused.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def transient(self, error: Exception) -> bool:
+        return isinstance(error, OSError) and error.errno in _TRANSIENT
+
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
-        with (self.root / path).open("rb") as file:
+        with self._file(path).open("rb") as file:
             first = file.seek(start or 0)
             return file.read(-1 if stop is None else stop - first)
 
     def size(self, path: str) -> int | None:
         try:
-            status = (self.root / path).stat()
+            status = self._file(path).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
@@ -47,11 +59,27 @@ class LocalFolder:
             _write(temporary, [data])
             try:
                 # Unlike a rename, a link fails if the name is taken, and the name appears with all of its content.
-                os.link(temporary, self.root / path)
+                os.link(temporary, self._file(path))
             except FileExistsError:
                 return False
             _sync_folder(temporary.parent)
             return True
+
+    def read_versioned(self, path: str) -> tuple[bytes, str]:
+        data = self.read(path)
+        return data, hashlib.sha256(data).hexdigest()
+
+    def replace(self, path: str, data: bytes, expected: str) -> bool:
+        file = self._file(path)
+        try:
+            with file.with_name(f"{LOCK_PREFIX}{file.name}").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if self.read_versioned(path)[1] != expected:
+                    return False
+                self.put(path, data)
+                return True
+        except FileNotFoundError:
+            return False
 
     def upload(self, local: Path, path: str) -> tuple[int, str]:
         with self._temporary(path) as temporary:
@@ -62,35 +90,50 @@ class LocalFolder:
     def copy(self, source: str, target: str) -> None:
         with self._temporary(target) as temporary:
             try:
-                os.link(self.root / source, temporary)
+                os.link(self._file(source), temporary)
             except OSError as error:
                 if error.errno not in _NO_HARD_LINK:
                     raise
-                _write(temporary, _chunks(self.root / source))
+                _write(temporary, _chunks(self._file(source)))
             self._publish(temporary, target)
 
     def list(self, prefix: str) -> dict[str, int]:
         sizes = {}
-        for folder, _, names in os.walk(self.root / prefix, onerror=_raise_unless_missing):
-            for name in names:
-                file = Path(folder, name)
-                # Another process may remove or rename a file between the listing and the look at it.
-                with suppress(FileNotFoundError):
-                    if not name.startswith(TEMPORARY_PREFIX):
-                        sizes[file.relative_to(self.root).as_posix()] = file.stat().st_size
+        for file in self._walk(prefix):
+            # Another process may remove or rename a file between the listing and the look at it.
+            with suppress(FileNotFoundError):
+                status = file.lstat()
+                if stat.S_ISREG(status.st_mode) and not file.name.startswith(TEMPORARY_PREFIX):
+                    sizes[file.relative_to(self.root).as_posix()] = status.st_size
         return dict(sorted(sizes.items()))
 
     def delete(self, path: str) -> None:
-        (self.root / path).unlink(missing_ok=True)
+        self._file(path).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:
         with suppress(FileNotFoundError):
-            shutil.rmtree(self.root / prefix)
+            shutil.rmtree(self._file(prefix))
+
+    def discard_unfinished(self, prefix: str) -> None:
+        for file in self._walk(prefix):
+            if file.name.startswith(TEMPORARY_PREFIX) and not file.name.startswith(LOCK_PREFIX):
+                file.unlink(missing_ok=True)
+
+    def _file(self, path: str) -> Path:
+        """Where the object lies; PermissionError if that is outside of the folder."""
+        file = self.root / path
+        if not (found := file.resolve()).is_relative_to(self.root.resolve()):
+            raise PermissionError(f"a symbolic link leads out of {self.root}, to {found}")
+        return file
+
+    def _walk(self, prefix: str) -> Iterator[Path]:
+        for folder, _, names in os.walk(self._file(prefix), onerror=_raise_unless_missing):
+            yield from (Path(folder, name) for name in names)
 
     @contextmanager
     def _temporary(self, path: str) -> Iterator[Path]:
         """A free name beside ``path``, whose file is gone afterwards; only a killed process leaves one behind."""
-        folder = (self.root / path).parent
+        folder = self._file(path).parent
         _make_folder(folder)
         temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from srr_dist.errors import OutputError, StoreError
@@ -16,9 +16,12 @@ from srr_dist.store.backend import Backend
 from srr_dist.store.documents import decode
 from srr_dist.store.local import LocalFolder
 from srr_dist.store.paths import check_path, check_sha256
+from srr_dist.store.patience import patiently
 from srr_dist.store.remote import open_remote
 
 CHUNK_BYTES = 16 * 2**20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,20 @@ class ObjectStore:
     """All objects under one URL: a local folder, ``memory://…``, ``s3://bucket/…`` or another fsspec URL.
 
     Objects appear whole or not at all and are named by relative POSIX paths (see srr_dist.store.paths). Instances can
-    be pickled and may be shared by threads. Every failure is a StoreError that names the object; a URL that names a
-    local file is an OutputError.
+    be pickled and may be shared by threads. Requests that fail for the moment (no connection, an overloaded server) are
+    made again for a while; every failure that stays is a StoreError that names the object. A URL that names a local
+    file is an OutputError.
+
+    ``single_driver`` lets a server without conditional writes be used: ``create`` and ``replace`` then look before they
+    write, which is right only while nobody else writes the same objects.
     """
 
-    def __init__(self, url: str) -> None:
-        self._backend, self.url = _open(url)
+    def __init__(self, url: str, single_driver: bool = False) -> None:
+        self._backend, self.url = _open(url, single_driver)
+        self.single_driver = single_driver
 
-    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str]]:
-        return ObjectStore, (self.url,)
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, bool]]:
+        return ObjectStore, (self.url, self.single_driver)
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.url!r})"
@@ -59,16 +67,14 @@ class ObjectStore:
 
     def get(self, path: str) -> bytes:
         """The whole object; StoreError if it is missing."""
-        with self._errors("read", check_path(path)):
-            return self._backend.read(path)
+        return self._request("read", path, partial(self._backend.read, check_path(path)))
 
     def get_range(self, path: str, start: int, stop: int) -> bytes:
         """Exactly the bytes [start, stop), 0 <= start <= stop; StoreError if the object is missing or ends before."""
         if not 0 <= start <= stop:
             raise StoreError(f"{self.location(path)}: byte range {start}..{stop} is none")
-        with self._errors("read", check_path(path)):
-            # S3 has no empty ranges.
-            data = self._backend.read(path, start, stop) if start < stop else b""
+        read = partial(self._backend.read, check_path(path), start, stop)
+        data = self._request("read", path, read) if start < stop else b""  # S3 has no empty ranges
         if len(data) != stop - start:
             raise StoreError(f"{self.location(path)}: bytes {start}..{stop} expected, but only {len(data)} are there")
         return data
@@ -79,21 +85,18 @@ class ObjectStore:
 
     def exists(self, path: str) -> bool:
         """Whether there is such an object; a folder is none."""
-        with self._errors("looked up", check_path(path)):
-            return self._backend.size(path) is not None
+        return self._request("looked up", path, partial(self._backend.size, check_path(path))) is not None
 
     def size(self, path: str) -> int:
         """Bytes in the object; StoreError if it is missing."""
-        with self._errors("looked up", check_path(path)):
-            size = self._backend.size(path)
+        size = self._request("looked up", path, partial(self._backend.size, check_path(path)))
         if size is None:
             raise StoreError(f"{self.location(path)}: no such object")
         return size
 
     def put(self, path: str, data: bytes) -> None:
         """Create or replace the object."""
-        with self._errors("written", check_path(path)):
-            self._backend.put(path, data)
+        self._request("written", path, partial(self._backend.put, check_path(path), data))
 
     def create(self, path: str, data: bytes) -> bool:
         """Create the object, unless it exists; returns whether it now is there with this very content.
@@ -101,36 +104,56 @@ class ObjectStore:
         Of writers with different contents exactly one gets True. The content decides, because a write whose answer was
         lost is sent again and then meets its own object; put a nonce into what must have one writer.
         """
-        with self._errors("created", check_path(path)):
-            return self._backend.create(path, data) or self._backend.read(path) == data
+        created = self._request("created", path, partial(self._backend.create, check_path(path), data))
+        return created or self.get(path) == data
+
+    def replace(self, path: str, old: bytes, new: bytes) -> bool:
+        """Replace the object if it holds exactly ``old``; returns whether it now holds ``new``.
+
+        Of writers with different contents that replace the same ``old`` exactly one gets True; as for ``create``, put
+        a nonce into them. For small objects that are written by ``create`` and ``replace`` alone.
+        """
+
+        def attempt() -> bool:
+            try:
+                found, version = self._backend.read_versioned(path)
+            except FileNotFoundError:
+                return False
+            return found == new or (found == old and self._backend.replace(path, new, version))
+
+        return self._request("replaced", check_path(path), attempt) or (self.exists(path) and self.get(path) == new)
 
     def upload(self, local: Path, path: str) -> FileEntry:
         """Create or replace the object by a local file; returns size and sha256 of the bytes sent."""
-        with self._errors(f"written from {local}", check_path(path)):
-            size, sha256 = self._backend.upload(local, path)
+        upload = partial(self._backend.upload, local, check_path(path))
+        size, sha256 = self._request(f"written from {local}", path, upload)
         if (found := self.size(path)) != size:
             raise StoreError(f"{self.location(path)}: {size} bytes sent, {found} stored; upload it again")
         return FileEntry(path, size, sha256)
 
     def copy(self, source: str, target: str) -> None:
         """Create or replace ``target`` by ``source`` on the server; in a folder the two then share one file."""
-        with self._errors(f"copied to {check_path(target)}", check_path(source)):
-            self._backend.copy(source, target)
+        copy = partial(self._backend.copy, check_path(source), check_path(target))
+        self._request(f"copied to {target}", source, copy)
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Path -> size of every object below the folder ``prefix`` ("": of all), sorted; {} if there is none."""
-        with self._errors("listed", check_path(prefix) if prefix else ""):
-            return self._backend.list(prefix)
+        return self._request("listed", prefix, partial(self._backend.list, check_path(prefix) if prefix else ""))
 
     def delete(self, path: str) -> None:
         """Remove the object if it is there."""
-        with self._errors("deleted", check_path(path)):
-            self._backend.delete(path)
+        self._request("deleted", path, partial(self._backend.delete, check_path(path)))
 
     def delete_tree(self, prefix: str) -> None:
         """Remove every object below the folder ``prefix``, which must not be empty."""
-        with self._errors("deleted", check_path(prefix)):
-            self._backend.delete_tree(prefix)
+        self._request("deleted", prefix, partial(self._backend.delete_tree, check_path(prefix)))
+
+    def discard_unfinished(self, prefix: str) -> None:
+        """Remove what killed writers left below the folder ``prefix``: parts of uploads, temporary files.
+
+        An upload that is under way there fails.
+        """
+        self._request("cleared", prefix, partial(self._backend.discard_unfinished, check_path(prefix)))
 
     def sha256(self, path: str) -> str:
         """Hexadecimal sha256 of the stored bytes, read in pieces."""
@@ -140,29 +163,40 @@ class ObjectStore:
         return digest.hexdigest()
 
     def probe(self, folder: str) -> None:
-        """Prove that ``create`` never replaces an object here, by trying it in ``folder``; StoreError if it does."""
+        """Prove that conditional writes keep their promises here, by trying them in ``folder``.
+
+        Raises:
+            StoreError: nothing can be written here at all, or a write is made though its condition does not hold.
+        """
         path = f"{folder}/probe-{uuid.uuid4().hex}"
+        self.put(path, b"first")
         try:
-            honoured = self.create(path, b"first") and not self.create(path, b"second")
+            _, version = self._backend.read_versioned(path)
+            self.put(path, b"second")
+            broken = self.create(path, b"third") or self._backend.replace(path, b"third", version)
+            reason = "conditional writes replace objects in spite of their condition"
+            sound = not broken and self.replace(path, b"second", b"third") and self.get(path) == b"third"
+        except Exception as error:  # a server or filesystem may refuse them in any way
+            sound, reason = False, f"conditional writes fail: {error}"
         finally:
             self.delete(path)
-        if not honoured:
+        if not sound:
             raise StoreError(
-                f"{self.url}: the server replaces objects in spite of If-None-Match, so two runs could destroy each "
-                "other's work; use a server with conditional writes"
+                f"{self.url}: {reason}. Two runs could destroy each other's work here; use a server that honours "
+                "If-None-Match and If-Match, or, if no other run ever uses this output, --single-driver"
             )
 
-    @contextmanager
-    def _errors(self, action: str, path: str) -> Iterator[None]:
+    def _request(self, action: str, path: str, request: Callable[[], T]) -> T:
+        """Make a request of the backend patiently, and say of a failure which object it is about."""
         try:
-            yield
+            return patiently(request, self._backend.transient, self.location(path))
         except FileNotFoundError as error:
             raise StoreError(f"{self.location(path)} cannot be {action}: not found ({error})") from error
         except Exception as error:  # every filesystem brings exception types of its own
             raise StoreError(f"{self.location(path)} cannot be {action}: {type(error).__name__}: {error}") from error
 
 
-def _open(url: str) -> tuple[Backend, str]:
+def _open(url: str, single_driver: bool) -> tuple[Backend, str]:
     """The backend, and the URL that names the same place from any working directory."""
     if "://" not in url or urlsplit(url).scheme in {"file", "local"}:
         root = Path(url.partition("://")[2] or url).expanduser().absolute()
@@ -170,8 +204,13 @@ def _open(url: str) -> tuple[Backend, str]:
             raise OutputError(f"{root}: a file, expected a folder or nothing yet; name another location")
         return LocalFolder(root), str(root)
     try:
-        return open_remote(url), url
+        return open_remote(url, single_driver), url
     except (ValueError, ImportError) as error:
         raise StoreError(
-            f"{url}: no such kind of storage ({error}); use a folder, s3://bucket/… or memory://…"
+            f"{_without_credentials(url)}: no such kind of storage ({error}); use a folder, s3://bucket/… or memory://…"
         ) from error
+
+
+def _without_credentials(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -4,6 +4,8 @@
     <output>/.srr/<fingerprint>/blocks/00017/<attempt>/base.safetensors
     <output>/.srr/<fingerprint>/blocks/00017.json                    create-only record: this attempt is the block
     <output>/.srr/<fingerprint>/blocks/00017.g2.json                 its second generation, where the first was damaged
+    <output>/.srr/<fingerprint>/blocks/00017.g1.damaged.json         mark: generation 1 does not count
+    <output>/.srr/<fingerprint>/damaged.json                         mark: the assembled output does not count
 
 An attempt's name is used once, so objects below it never change. Without a record an attempt counts for nothing.
 """
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +33,10 @@ REST = "rest"
 
 _UNIT = re.compile(r"[0-9]{5}|rest")
 _RECORD = re.compile(r"blocks/(?P<unit>[0-9]{5}|rest)(?:\.g(?P<generation>[1-9][0-9]{0,5}))?\.json")
+_MARK = re.compile(r"blocks/(?P<unit>[0-9]{5}|rest)\.g(?P<generation>[1-9][0-9]{0,5})\.damaged\.json")
+_ATTEMPT = re.compile(r"blocks/(?:[0-9]{5}|rest)/[^/]+/.+")
+_PROBE = re.compile(r"probe-[0-9a-f]{32}")
+OUTPUT_MARK = "damaged.json"
 _RUN = re.compile(re.escape(WORKING_AREA) + r"/(?P<fingerprint>[0-9a-f]{8,64})/run\.json")
 
 logger = logging.getLogger(__name__)
@@ -127,6 +134,14 @@ class RunArea:
         """The configuration that the run began with; StoreError if it has not begun or the object is damaged."""
         return _read_run(self.store, self.fingerprint)
 
+    def units(self) -> set[str]:
+        """Every unit of work of the run; StoreError if run.json does not say."""
+        units = self.run().get("units")
+        if not isinstance(units, list) or not all(isinstance(unit, str) and _UNIT.fullmatch(unit) for unit in units):
+            location = self.store.location(self.path("run.json"))
+            raise StoreError(f"{location}: units: expected a list of units' names, found {reprlib.repr(units)}")
+        return set(units)
+
     def attempt_path(self, unit: str, attempt: str, name: str) -> str:
         """Where an attempt at a unit puts its file ``name``, as a path in the store."""
         return f"{attempt_folder(self.fingerprint, unit, attempt)}/{check_segment(name)}"
@@ -152,37 +167,79 @@ class RunArea:
         Take it when work is handed out, not when it is committed: late work must meet the record of its generation.
         """
         taken: dict[str, int] = {}
-        for _, unit, generation in self._record_objects(self.store.list(self.path("blocks"))):
+        for _, unit, generation in self._objects(_RECORD, self.store.list(self.path("blocks"))):
             taken[unit] = max(taken.get(unit, 0), generation)
         return {unit: generation + 1 for unit, generation in taken.items()}
 
     def records(self, check_sizes: bool = True) -> dict[str, BlockRecord]:
         """Unit -> its valid record of the highest generation, sorted by unit.
 
-        A damaged record does not count, nor (``check_sizes``) one with a file missing or of another size: both are
-        logged. One listing and one read per record.
+        A damaged record does not count, nor one that is marked, nor (``check_sizes``) one with a file missing or of
+        another size: these are logged. One listing and one read per record.
         """
         sizes = self.store.list(self.path("blocks"))
-        objects = sorted(self._record_objects(sizes), key=lambda item: item[1:])
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            documents = list(pool.map(self.store.get, [path for path, _, _ in objects]))
+        marked = {(unit, generation) for _, unit, generation in self._objects(_MARK, sizes)}
         valid: dict[str, BlockRecord] = {}
-        for (path, unit, generation), data in zip(objects, documents, strict=True):
+        for unit, generation, record in self._read_records(sizes):
             try:
-                record = BlockRecord.from_json(data, self.store.location(path))
-                self._check_place(record, unit, generation)
+                if (unit, generation) in marked:
+                    raise StoreError("it is marked as damaged")
                 if check_sizes:
                     _check_files(record, sizes)
             except StoreError as error:
-                logger.warning("unit %s, generation %d does not count: %s", unit, generation, error)
+                _log_invalid(unit, generation, error)
             else:
                 valid[unit] = record
         return valid
 
-    def _record_objects(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
-        """Path, unit and generation of each record in a listing."""
+    def condemn(self, record: BlockRecord, problems: Sequence[str]) -> None:
+        """Mark a record whose files are not as it says, so that it no longer counts and the unit is done anew."""
+        name = f"blocks/{record.unit}.g{record.generation}.damaged.json"
+        self.store.create(self.path(name), encode({"problems": list(problems)}, name))
+
+    def condemn_output(self, problems: Sequence[str]) -> None:
+        """Mark the assembled output as one to assemble anew; ``acquit_output`` takes that back."""
+        self.store.put(self.path(OUTPUT_MARK), encode({"problems": list(problems)}, OUTPUT_MARK))
+
+    def acquit_output(self) -> None:
+        """Remove the mark of ``condemn_output``; call it when the output was assembled after the mark was made."""
+        self.store.delete(self.path(OUTPUT_MARK))
+
+    def is_condemned(self) -> bool:
+        """Whether the assembled output is marked."""
+        return self.store.exists(self.path(OUTPUT_MARK))
+
+    def collect_garbage(self) -> None:
+        """Remove objects of attempts that no record names, and what killed writers left of objects that never were.
+
+        Call it when every unit has a valid record: attempts that are still under way then are waste.
+        """
+        sizes = self.store.list(self.folder)
+        named = {entry.path for _, _, record in self._read_records(sizes) for entry in record.files.values()}
         for path in sizes:
-            if match := _RECORD.fullmatch(path.removeprefix(f"{self.folder}/")):
+            name = path.removeprefix(f"{self.folder}/")
+            if _PROBE.fullmatch(name) or (_ATTEMPT.fullmatch(name) and path not in named):
+                self.store.delete(path)
+        self.store.discard_unfinished(self.folder)
+
+    def _read_records(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, int, BlockRecord]]:
+        """Unit, generation and content of each readable record in a listing, in this order."""
+        objects = sorted(self._objects(_RECORD, sizes), key=lambda item: item[1:])
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            documents = list(pool.map(self.store.get, [path for path, _, _ in objects]))
+        for (path, unit, generation), data in zip(objects, documents, strict=True):
+            try:
+                record = BlockRecord.from_json(data, self.store.location(path))
+                self._check_place(record, unit, generation)
+            except StoreError as error:
+                _log_invalid(unit, generation, error)
+            else:
+                yield unit, generation, record
+
+    def _objects(self, kind: re.Pattern[str], sizes: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
+        """Path, unit and generation of each record (or mark) in a listing."""
+        for path in sizes:
+            if match := kind.fullmatch(path.removeprefix(f"{self.folder}/")):
                 yield path, match["unit"], int(match["generation"] or 1)
 
     def _check_place(self, record: BlockRecord, unit: str, generation: int) -> None:
@@ -213,6 +270,10 @@ def _check_unit(unit: str) -> str:
     if _UNIT.fullmatch(unit) is None:
         raise StoreError(f"unit {unit!r}: expected five digits or 'rest'")
     return unit
+
+
+def _log_invalid(unit: str, generation: int, error: StoreError) -> None:
+    logger.warning("unit %s, generation %d does not count: %s", unit, generation, error)
 
 
 def _record_name(unit: str, generation: int) -> str:

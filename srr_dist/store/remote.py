@@ -8,47 +8,72 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import threading
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from aiohttp import ClientError
+from botocore import exceptions as aws
+from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from srr_dist.store.backend import Backend
 
-CREATE_ATTEMPTS = 8
 DELETE_THREADS = 16
+S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 3}}
+"""botocore's own few tries, which repeat a part of an upload instead of the whole; patience comes on top of them."""
+
 _EXISTS = {"PreconditionFailed", "412"}
-_CONTENDED = {"ConditionalRequestConflict", "OperationAborted", "409"}
+_GONE = {"NoSuchKey", "404"}
+_TRANSIENT_CODES = {
+    "ConditionalRequestConflict", "OperationAborted", "409",  # the server cannot yet say which writer wins
+    "NoSuchUpload",  # of an upload's parts: the answer that they are one object now was lost
+    "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
+    "TooManyRequests", "429", "500", "502", "503", "504",
+}  # fmt: skip
+_TRANSIENT_ERRORS = (
+    ConnectionError, TimeoutError, aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError,
+    aws.ResponseStreamingError, ResponseParserError, ClientError,
+)  # fmt: skip
 
 
-def open_remote(url: str) -> Backend:
+def open_remote(url: str, single_driver: bool) -> Backend:
     """The backend for a URL; ValueError or ImportError if there is none."""
     if "::" in url:
         raise ValueError("a chained URL puts a cache before the objects")
     if url.startswith("memory://"):
         return MemoryFolder(url)
-    if not urlsplit(url).netloc:
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("credentials do not belong into a URL, which is logged and stored; use AWS_ACCESS_KEY_ID, …")
+    if not parts.netloc:
         raise ValueError("it names no bucket or host")
-    return RemoteFolder(url)
+    return RemoteFolder(url, single_driver)
 
 
 class RemoteFolder:
-    """Backend over an fsspec filesystem whose ``pipe_file`` and ``put_file`` publish an object at once, as S3's do."""
+    """Backend over an fsspec filesystem whose ``pipe_file`` and ``put_file`` publish an object at once, as S3's do.
 
-    def __init__(self, url: str) -> None:
+    With ``single_driver`` the two conditional writes look before they write instead of asking the server to.
+    """
+
+    def __init__(self, url: str, single_driver: bool = False) -> None:
         self.url = url
+        self.single_driver = single_driver
         self._open()
 
     def _open(self) -> None:
         self._process = os.getpid()
-        self._filesystem, root = url_to_fs(self.url, skip_instance_cache=True, use_listings_cache=False)
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if urlsplit(self.url).scheme in {"s3", "s3a"}:
+            options["config_kwargs"] = S3_CLIENT
+        self._filesystem, root = url_to_fs(self.url, **options)
+        self._filesystem.retries = 1  # s3fs would try each failure of the client library five times more
         self._root = root.rstrip("/")
 
     @property
@@ -57,6 +82,12 @@ class RemoteFolder:
         if self._process != os.getpid():
             self._open()
         return self._filesystem
+
+    def transient(self, error: Exception) -> bool:
+        code, status = _server_answer(error)
+        if code is None:
+            return isinstance(error, _TRANSIENT_ERRORS)
+        return code in _TRANSIENT_CODES or (status >= 500 and status != 501)
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         data: bytes = self.filesystem.cat_file(self._full(path), start=start, end=stop)
@@ -73,20 +104,35 @@ class RemoteFolder:
         self.filesystem.pipe_file(self._full(path), data)
 
     def create(self, path: str, data: bytes) -> bool:
-        attempt = 0
-        while True:
-            try:
-                self.filesystem.pipe_file(self._full(path), data, mode="create")
-                return True
-            except OSError as error:
-                code = _server_code(error)
-                if isinstance(error, FileExistsError) or code in _EXISTS:
-                    return False
-                attempt += 1
-                if code not in _CONTENDED or attempt == CREATE_ATTEMPTS:
-                    raise
-            # The server could not say which of several writers wins; random delays keep them from meeting again.
-            time.sleep(random.uniform(0, 0.1 * 2**attempt))
+        if self.single_driver:
+            return self.size(path) is None and self._write_if(path, data)
+        return self._write_if(path, data, mode="create")
+
+    def read_versioned(self, path: str) -> tuple[bytes, str]:
+        if self.single_driver:
+            data = self.read(path)
+            return data, hashlib.sha256(data).hexdigest()
+        # In this order: content newer than its version makes a replacement fail, the opposite would let it succeed.
+        version = self.filesystem.info(self._full(path)).get("ETag")
+        if version is None:
+            raise NotImplementedError(f"{type(self.filesystem).__name__} gives no versions (ETags) of objects")
+        return self.read(path), str(version)
+
+    def replace(self, path: str, data: bytes, expected: str) -> bool:
+        if not self.single_driver:
+            return self._write_if(path, data, IfMatch=expected)
+        return self.size(path) is not None and self.read_versioned(path)[1] == expected and self._write_if(path, data)
+
+    def _write_if(self, path: str, data: bytes, **condition: str) -> bool:
+        """Write in one request; False if the server says that the condition does not hold."""
+        try:
+            self.filesystem.pipe_file(self._full(path), data, **condition)
+        except OSError as error:
+            code, _ = _server_answer(error)
+            if isinstance(error, FileExistsError) or code in _EXISTS or (code in _GONE and "IfMatch" in condition):
+                return False
+            raise
+        return True
 
     def upload(self, local: Path, path: str) -> tuple[int, str]:
         with ThreadPoolExecutor(1) as hasher, local.open("rb") as stream:
@@ -113,6 +159,24 @@ class RemoteFolder:
             for _ in pool.map(self.delete, self.list(prefix)):
                 pass
 
+    def discard_unfinished(self, prefix: str) -> None:
+        if hasattr(self.filesystem, "abort_mpu"):
+            bucket, _, key = self._full(prefix).partition("/")
+            for upload in list(self._uploads(bucket, f"{key}/")):
+                with suppress(FileNotFoundError):  # somebody else was faster
+                    self.filesystem.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+
+    def _uploads(self, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+        """Multipart uploads that were begun and neither completed nor aborted."""
+        page: dict[str, Any] = {}
+        while True:
+            answer = self.filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
+            # Servers exist that list uploads of all names.
+            yield from (upload for upload in answer.get("Uploads", []) if upload["Key"].startswith(prefix))
+            if not answer.get("IsTruncated"):
+                return
+            page = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
 
@@ -120,12 +184,19 @@ class RemoteFolder:
 class MemoryFolder(RemoteFolder):
     """Backend over ``memory://``, objects of this process: for tests and trials."""
 
-    # fsspec's filesystem in memory looks and writes in two steps.
-    _creating = threading.Lock()
+    # Makes one step of looking and writing.
+    _writing = threading.Lock()
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, single_driver=True)
 
     def create(self, path: str, data: bytes) -> bool:
-        with self._creating:
+        with self._writing:
             return super().create(path, data)
+
+    def replace(self, path: str, data: bytes, expected: str) -> bool:
+        with self._writing:
+            return super().replace(path, data, expected)
 
     def upload(self, local: Path, path: str) -> tuple[int, str]:
         # Its put_file publishes the object empty and fills it afterwards.
@@ -134,8 +205,9 @@ class MemoryFolder(RemoteFolder):
         return len(data), hashlib.sha256(data).hexdigest()
 
 
-def _server_code(error: OSError) -> str | None:
-    """The error code in an S3 server's answer; the exception's own type differs from server to server."""
-    response: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
-    code: str | None = response.get("Error", {}).get("Code")
-    return code
+def _server_answer(error: Exception) -> tuple[str | None, int]:
+    """Error code and HTTP status in an S3 server's answer; the exception's own type differs from server to server."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):
+        return None, 0
+    return response.get("Error", {}).get("Code"), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

@@ -14,7 +14,7 @@ from srr_dist.catalog.entries import Entry, Evaluation
 from srr_dist.catalog.queue import Queue
 from srr_dist.config import RunConfig
 from srr_dist.errors import PipelineError, StoppedError
-from srr_dist.store import ObjectStore
+from srr_dist.store import Manifest, ObjectStore, RunArea, write_commit
 
 PRELUDE = """
 import os, pathlib, signal, sys, time
@@ -29,9 +29,12 @@ def wait_for(line):
 note("begin")
 """
 FINISH = """
-output.mkdir(exist_ok=True)
-(output / "COMMIT").write_text("{}")
-(output / "report.json").write_text(REPORT)
+from srr_dist.store import FileEntry, Manifest, ObjectStore, write_commit
+store = ObjectStore(str(output))
+store.put("base/weights", b"")
+store.put("report.json", REPORT.encode())
+files = {"base/weights": FileEntry("base/weights", 0, "0" * 64)}
+write_commit(store, Manifest("ab" * 32, {}, ["base"], files, [], {}))
 note("end")
 """
 EVALUATION = Evaluation("text")
@@ -188,7 +191,11 @@ def test_same_queue_again_makes_only_what_is_not_finished(zoo):
 
 CHANGES = {
     "COMMIT is gone": lambda folder: (folder / "a" / "COMMIT").unlink(),
-    "another output": lambda folder: (folder / "a" / "COMMIT").write_text("other"),
+    "a file is gone": lambda folder: (folder / "a" / "base" / "weights").unlink(),
+    "marked as damaged": lambda folder: RunArea(ObjectStore(str(folder / "a")), "ab" * 32).condemn_output(["why"]),
+    "another output": lambda folder: write_commit(
+        ObjectStore(str(folder / "a")), Manifest("cd" * 32, {}, ["base"], {}, [], {})
+    ),
     "no report": lambda folder: (folder / "a" / "report.json").unlink(),
     "damaged report": lambda folder: (folder / "a" / "report.json").write_text('{"totals": 3}'),
     "no result": lambda folder: (folder / "results" / "a.json").unlink(),

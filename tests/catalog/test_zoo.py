@@ -28,7 +28,7 @@ OPTIONS = {"num_samples": 4, "seq_len": 32, "rank": 4, "host_memory": "4GiB", "b
 
 @dataclass(frozen=True)
 class Zoo:
-    """Two models of two families, one of them under two recipes, and one model that does not exist, first in line."""
+    """Two models of two families, one of them under two recipes, and between them one model that does not exist."""
 
     file: Path
     output: Path
@@ -65,11 +65,11 @@ class Zoo:
 def a_zoo(ray_cluster: RayCluster, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
     folder = tmp_path_factory.mktemp("zoo")
     models = [
-        {"name": "none", "model": str(folder / "none"), "priority": 9},
-        {"name": "qwen3", "model": str(build("qwen3", folder / "qwen", num_hidden_layers=3)), "priority": 1},
+        {"name": "none", "model": str(folder / "none")},
+        {"name": "qwen3", "model": str(build("qwen3", folder / "qwen", num_hidden_layers=2)), "priority": 1},
         {
             "name": "llama",
-            "model": str(build("llama", folder / "llama", num_hidden_layers=3)),
+            "model": str(build("llama", folder / "llama", num_hidden_layers=2)),
             "recipes": [str(folder / "three.yaml"), str(folder / "four.yaml")],
         },
     ]
@@ -88,7 +88,9 @@ def a_zoo(ray_cluster: RayCluster, text: Path, tmp_path_factory: pytest.TempPath
 def alone(a_zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The manifests of the same runs, each by itself and without statistics."""
     folder, manifests = tmp_path_factory.mktemp("alone"), {}
-    for entry in read_zoo(str(a_zoo.file), str(folder), a_zoo.cluster.address)[1:]:
+    for entry in read_zoo(str(a_zoo.file), str(folder), a_zoo.cluster.address):
+        if entry.name not in GOOD:
+            continue
         options = vars(entry.config.quantize) | vars(entry.config.job) | {"statistics": "", "blocks_per_stage": 4}
         quantize(RunConfig.from_options(options))
         manifests[entry.name] = (folder / entry.name / "manifest.json").read_bytes()
@@ -138,7 +140,7 @@ def test_dry_run_prints_the_order_and_writes_nothing(a_zoo, tmp_path, capsys):
     assert zoo.main([str(a_zoo.file), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["queued", f"{name}:"] for name in ("none", "qwen3", "llama-three", "llama-four")
+        ["queued", f"{name}:"] for name in ("qwen3", "none", "llama-three", "llama-four")
     ]
     assert "--bits=4" in lines[3]
     assert not (tmp_path / "out").exists()

@@ -6,12 +6,14 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from random_runs import Recipe, commit_run, llama_config
+from random_runs import FINGERPRINT, Recipe, commit_run, llama_config
 
-from srr_dist.export.assemble import assemble
+from srr_dist.errors import StoreError
+from srr_dist.export.assemble import assemble, is_complete
 from srr_dist.export.verify import verify_output
 from srr_dist.store.manifest import COMMIT, MANIFEST, write_commit
 from srr_dist.store.objects import FileEntry, ObjectStore
+from srr_dist.store.records import RunArea
 
 SHARD = "base/model-00002-of-00003.safetensors"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -172,3 +174,89 @@ def test_verify_adapter_configuration_with_another_scale_is_found(finished):
     store.put("adapter/adapter_config.json", json.dumps(config).encode())
     recommit(store, manifest)
     assert verify_output(store.url) == ["adapter/adapter_config.json: its ranks or modules are not the manifest's"]
+
+
+@pytest.fixture
+def begun(finished, committed):
+    """The same with its run.json, as a run leaves it."""
+    area = RunArea(committed.store, FINGERPRINT)
+    area.begin({"units": sorted(committed.records)})
+    return area
+
+
+def detach(store, path, change):
+    """Change the bytes of an object, and not of those that a folder keeps in the same file."""
+    data = bytearray(store.get(path))
+    change(data)
+    store.put(path, bytes(data))
+
+
+def flip(data):
+    data[-1] ^= 1
+
+
+def test_verify_sound_output_with_its_blocks_is_not_marked(begun, caplog):
+    before = begun.store.list()
+    assert verify_output(begun.store.url) == []
+    assert begun.store.list() == before
+
+
+@pytest.mark.parametrize("kind", ["base", "adapter"])
+def test_verify_flipped_bit_in_a_block_is_named_and_condemns_its_record(begun, kind):
+    path = begun.records()["00001"].files[kind].path
+    detach(begun.store, path, flip)
+    (problem,) = verify_output(begun.store.url)
+    assert problem.startswith(f"{path}: its sha256 is not its record's")
+    assert "redoes unit 00001" in problem
+    assert begun.records().keys() == {"00000", "rest"}
+    assert begun.store.get_json(f"{begun.folder}/damaged.json") == {"problems": [problem]}
+    assert not is_complete(begun.store, "compressed")
+    (again,) = verify_output(begun.store.url)
+    assert again == "unit 00001: no valid record; repeat the run, which redoes it"
+
+
+def test_verify_missing_block_is_named_and_condemned(begun):
+    path = begun.records()["rest"].files["base"].path
+    begun.store.delete(path)
+    (problem,) = verify_output(begun.store.url)
+    assert path in problem
+    assert "redoes unit rest" in problem
+    assert begun.store.exists(f"{begun.folder}/blocks/rest.g1.damaged.json")
+
+
+def test_verify_damaged_assembled_file_condemns_the_output_until_it_is_assembled_anew(begun, committed):
+    detach(begun.store, SHARD, flip)
+    (problem,) = verify_output(begun.store.url)
+    assert problem.startswith(f"{SHARD}: its sha256 is not the manifest's")
+    assert begun.records() == committed.records
+    assert not is_complete(begun.store, "compressed")
+    assemble(begun.store, begun.records(), committed.output, ["compressed"])
+    assert is_complete(begun.store, "compressed")
+    assert verify_output(begun.store.url) == []
+
+
+def test_verify_where_nothing_may_be_written_still_names_the_damage(begun, caplog, monkeypatch):
+    def refuse(*_):
+        raise StoreError("damaged.json cannot be written: PermissionError")
+
+    detach(begun.store, SHARD, flip)
+    monkeypatch.setattr(ObjectStore, "put", refuse)
+    (problem,) = verify_output(begun.store.url)
+    assert problem.startswith(f"{SHARD}: ")
+    assert "cannot be marked" in caplog.text
+
+
+def test_verify_output_whose_working_area_was_removed_writes_nothing(finished):
+    store, _ = finished
+    store.delete_tree(".srr")
+    detach(store, SHARD, flip)
+    assert len(verify_output(store.url)) == 1
+    assert store.list(".srr") == {}
+
+
+def test_assembly_that_meets_a_damaged_adapter_condemns_its_record(begun, committed):
+    path = begun.records()["00001"].files["adapter"].path
+    detach(begun.store, path, flip)
+    with pytest.raises(StoreError, match=f"{path}: sha256 .* the same command again redoes its block"):
+        assemble(begun.store, begun.records(), committed.output, ["compressed"])
+    assert begun.records().keys() == {"00000", "rest"}

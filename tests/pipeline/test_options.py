@@ -9,10 +9,11 @@ from typing import Any
 
 import psutil
 import pytest
+import s3fs
 import torch
 
 from srr_dist.config import JobConfig, QuantizeConfig
-from srr_dist.errors import CheckpointError, ConfigError
+from srr_dist.errors import CheckpointError, ConfigError, StoreError
 from srr_dist.pipeline.cluster import Cluster, connected
 from srr_dist.pipeline.driver import finish
 from srr_dist.pipeline.memory import Budget
@@ -21,6 +22,7 @@ from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.store import BlockRecord, RunArea, read_complete
 from tests.conftest import RayCluster
 from tests.families import build
+from tests.s3 import MotoServer, environment
 
 DEFAULTS: dict[str, Any] = {"rank": 4, "num_samples": 4, "seq_len": 24, "split": "fixed:2"}
 
@@ -182,6 +184,26 @@ def test_options_that_leave_nothing_to_quantize_are_refused(solver, change):
 def test_revision_of_what_has_none_is_refused(solver):
     with pytest.raises(CheckpointError, match="only hub ids have revisions"):
         solver.solve(revision="main")
+
+
+def test_single_driver_commits_where_the_server_refuses_conditional_writes(solver, monkeypatch):
+    server = MotoServer()
+    for name, value in environment(server.url).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem(skip_instance_cache=True).makedirs("bucket", exist_ok=True)
+    server.handler = server.refuse_conditions
+    sources = open_sources(QuantizeConfig(model=str(solver.model), calibration=str(solver.text), **DEFAULTS))
+
+    def stage(single_driver: bool) -> Stage:
+        run = make_run(sources, "s3://bucket/single", on_gpu=False, single_driver=single_driver)
+        return Stage(run, "host", threads=1)
+
+    with pytest.raises(StoreError, match="refused by the test"):
+        stage(single_driver=False).store_rest(1)
+    worker = stage(single_driver=True)
+    worker.store_rest(1)
+    assert set(worker.area.records()) == {"rest"}
+    server.stop()
 
 
 def cluster_of(ray_cluster: RayCluster, **options: Any) -> Cluster:

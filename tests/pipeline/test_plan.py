@@ -10,10 +10,10 @@ from srr_dist.config import QuantizeConfig
 from srr_dist.errors import ConfigError
 from srr_dist.pipeline import prepare
 from srr_dist.pipeline.cluster import Cluster
-from srr_dist.pipeline.driver import stage_plans
 from srr_dist.pipeline.memory import PROCESS_BYTES, Budget
 from srr_dist.pipeline.plan import Plan, make_plan, output_bytes, rest_bytes
 from srr_dist.pipeline.run import Run
+from srr_dist.pipeline.work import stage_plans
 from tests.families import build
 
 PLENTY = Budget(2**40, None)

@@ -229,15 +229,6 @@ def test_run_that_keeps_moments_gives_the_bytes_of_one_that_does_not(finished, k
 
 
 @pytest.mark.slow
-def test_run_that_finds_moments_passes_no_sequence_and_gives_the_same_bytes(job, finished, kept, tmp_path, caplog):
-    before = files(kept / "statistics")
-    run_here(job, tmp_path / "out", statistics=str(kept / "statistics"))
-    assert manifest(tmp_path / "out") == manifest(finished)
-    assert calibrated(tmp_path / "out") == []
-    assert files(kept / "statistics") == before
-
-
-@pytest.mark.slow
 def test_blocks_whose_moments_are_missing_or_damaged_alone_are_calibrated(job, finished, kept, tmp_path):
     statistics = Path(shutil.copytree(kept / "statistics", tmp_path / "statistics"))
     (missing,) = statistics.glob("*/model.layers.1.mlp.down_proj/*")

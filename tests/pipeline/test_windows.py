@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srr_dist.pipeline.windows import Window, all_windows, batches, even_parts, next_window
+from srr_dist.pipeline.windows import Window, all_windows, batches, even_parts, next_window, next_window_at_rest
 
 COUNTS = st.integers(1, 40)
 STAGES = st.integers(1, 6)
@@ -110,3 +110,17 @@ def test_batches_are_enough_to_keep_every_stage_busy(sequences, stages):
 )
 def test_batches_of_a_small_run_are_these(sequences, stages, each, expected):
     assert batches(sequences, stages, each) == expected
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), STAGES, PER_STAGE, st.sets(st.integers(0, 40)))
+def test_windows_at_rest_hold_each_block_once_and_suspects_alone(ready, stages, per_stage, suspects):
+    left, held = set(ready), []
+    while left:
+        window = next_window_at_rest(left, stages, per_stage, suspects)
+        assert window.collect == set(window.blocks) <= left
+        assert not window.passes and window.save is None
+        assert all(1 <= len(stage) <= per_stage for stage in window.stages)
+        assert len(window.blocks) == 1 or suspects.isdisjoint(window.blocks)
+        left -= window.collect
+        held += window.blocks
+    assert sorted(held) == sorted(ready)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from srr_dist.store import ObjectStore
 from srr_dist.store.local import CHUNK_BYTES
@@ -65,8 +66,10 @@ def test_local_upload_killed_halfway_leaves_no_object_and_can_be_repeated(local_
     whole.write_bytes(b"content")
     local_store.upload(whole, "blocks/a")
     assert local_store.list() == {"blocks/a": 7}
-    local_store.delete_tree("blocks")
-    assert temporary_files(local_store) == []
+    local_store.replace("blocks/a", b"content", b"changed")
+    local_store.discard_unfinished("blocks")
+    assert [file.name for file in temporary_files(local_store)] == [".tmp-lock-a"]
+    assert local_store.list() == {"blocks/a": 7}
 
 
 def write_forever(store: ObjectStore) -> None:
@@ -91,7 +94,13 @@ def test_local_objects_of_a_killed_writer_are_whole(local_store, attempt):
         assert content == content[:1] * LARGE
 
 
-def test_s3_upload_killed_between_its_parts_leaves_no_object(s3, s3_store, tmp_path):
+def unfinished_uploads() -> list[str]:
+    """Keys of the uploads whose parts lie in the bucket."""
+    found = s3fs.S3FileSystem(skip_instance_cache=True).call_s3("list_multipart_uploads", Bucket="bucket")
+    return [upload["Key"] for upload in found.get("Uploads", [])]
+
+
+def test_s3_upload_killed_between_its_parts_leaves_no_object_and_its_parts_can_be_discarded(s3, s3_store, tmp_path):
     second_part_arrived, killed = threading.Event(), threading.Event()
     first_part_stored = threading.Event()
 
@@ -116,3 +125,21 @@ def test_s3_upload_killed_between_its_parts_leaves_no_object(s3, s3_store, tmp_p
         killed.set()
     assert not s3_store.exists("blocks/a")
     assert s3_store.list() == {}
+    (unfinished,) = [key for key in unfinished_uploads() if key.endswith("/blocks/a")]
+    s3_store.discard_unfinished("block")
+    assert unfinished in unfinished_uploads()
+    s3_store.discard_unfinished("blocks")
+    assert unfinished not in unfinished_uploads()
+
+
+def test_real_s3_server_upload_that_was_abandoned_is_discarded_and_those_beside_it_are_not(seaweed_store):
+    filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
+    root = seaweed_store.url.removeprefix("s3://bucket/")
+    keys = [f"{root}/area/x", f"{root}/area/y", f"{root}/area2/z"]
+    for key in keys:
+        begun = filesystem.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+        filesystem.call_s3(
+            "upload_part", Bucket="bucket", Key=key, PartNumber=1, UploadId=begun["UploadId"], Body=b"part"
+        )
+    seaweed_store.discard_unfinished("area")
+    assert [key for key in unfinished_uploads() if key.startswith(root)] == keys[2:]

@@ -3,19 +3,23 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
-from examples import block_record, manifest
-from hypothesis import given
+from examples import FINGERPRINT, block_record, manifest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srr_dist.errors import StoreError
-from srr_dist.store import BlockRecord, Manifest
-from srr_dist.store.documents import decode, encode
+from srr_dist.store import BlockRecord, Manifest, RunArea
+from srr_dist.store.documents import decode, encode, parse
+from srr_dist.store.lease import LeaseDocument
+from srr_dist.store.overview import overview
 
-PARSERS: list[Callable[[bytes, str], Any]] = [BlockRecord.from_json, Manifest.from_json]
-EXAMPLES = [json.loads(block_record().to_json()), json.loads(manifest().to_json())]
+LEASE = LeaseDocument(3, "node7:1234", "nonce", "boot pid:[1] 1234", 1_700_000_000.0, 60.0)
+PARSERS: list[Callable[[bytes, str], Any]] = [BlockRecord.from_json, Manifest.from_json, partial(parse, LeaseDocument)]
+EXAMPLES = [json.loads(document.to_json()) for document in (block_record(), manifest(), LEASE)]
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(
@@ -61,7 +65,7 @@ def test_decode_of_anything_but_strict_json_names_the_source(data):
         decode(data, "a.json")
 
 
-@pytest.mark.parametrize("parse", PARSERS)
+@pytest.mark.parametrize("parse", PARSERS, ids=["record", "manifest", "lease"])
 @given(data=st.binary() | values.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_a_document_or_a_store_error(parse, data):
     with pytest.raises(StoreError, match=r"^some/object\.json: "):
@@ -80,6 +84,30 @@ def test_any_change_to_a_document_leaves_it_valid_or_is_a_store_error(data):
         assert str(error).startswith("some/object.json: ")
     else:
         assert PARSERS[number](parsed.to_json(), "x") == parsed
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary() | st.fixed_dictionaries({"units": values, "model": values}).map(lambda v: json.dumps(v).encode())
+)
+def test_any_run_json_is_read_or_is_a_store_error(memory_store, data):
+    area = RunArea(memory_store, FINGERPRINT)
+    memory_store.put(area.path("run.json"), data)
+    for read in (area.run, area.units, lambda: overview(memory_store)):
+        try:
+            read()
+        except StoreError as error:
+            assert "run.json" in str(error)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary() | values.map(lambda value: json.dumps(value).encode()))
+def test_any_record_or_mark_in_the_working_area_is_counted_or_skipped(memory_store, data):
+    area = RunArea(memory_store, FINGERPRINT)
+    memory_store.put(area.path("blocks/00017.json"), data)
+    memory_store.put(area.path("blocks/00018.g1.damaged.json"), data)
+    assert area.records() == {}
+    assert area.next_generations() == {"00017": 2}
 
 
 def _change(document: dict[str, Any], data: st.DataObject) -> None:

@@ -17,6 +17,8 @@ from srr_dist.errors import StoreError
 from srr_dist.store import FileEntry, ObjectStore
 
 WRITERS = 8
+PROCESSES = 4
+LARGE = 101 * 2**20  # s3fs sends parts from 100 MiB on
 
 
 def test_put_then_get_returns_the_bytes(store):
@@ -83,17 +85,45 @@ def test_create_same_content_again_counts_as_ours(store):
     assert store.create("a", b"same")
 
 
-def test_create_by_threads_has_one_winner(store, eager_switching):
+def test_replace_of_the_expected_content_writes_and_of_another_does_not(store):
+    store.put("a", b"first")
+    assert store.replace("a", b"first", b"second") is True
+    assert store.replace("a", b"first", b"third") is False
+    assert store.get("a") == b"second"
+
+
+def test_replace_missing_object_does_not_make_it(store):
+    assert store.replace("folder/a", b"", b"x") is False
+    assert store.replace("folder/a", b"", b"") is False
+    assert store.list() == {}
+
+
+def test_replace_by_the_same_content_again_counts_as_ours(store):
+    store.put("a", b"first")
+    assert store.replace("a", b"first", b"second")
+    assert store.replace("a", b"first", b"second")
+
+
+def write(store, kind, path, content):
+    """``create``, or ``replace`` of what is there."""
+    return store.create(path, content) if kind == "create" else store.replace(path, b"old", content)
+
+
+@pytest.mark.parametrize("kind", ["create", "replace"])
+def test_conditional_write_by_threads_has_one_winner(store, eager_switching, kind):
     together = Barrier(WRITERS)
     contents = [f"writer {i}".encode() for i in range(WRITERS)]
+    rounds = 2 if store.url.startswith("s3:") else 20
 
-    def write(path: str, content: bytes) -> bool:
+    def write_together(path: str, content: bytes) -> bool:
         together.wait()
-        return store.create(path, content)
+        return write(store, kind, path, content)
 
     with ThreadPoolExecutor(WRITERS) as pool:
-        for path in map(str, range(20)):
-            won = list(pool.map(partial(write, path), contents))
+        for path in map(str, range(rounds)):
+            if kind == "replace":
+                store.put(path, b"old")
+            won = list(pool.map(partial(write_together, path), contents))
             assert won.count(True) == 1
             assert store.get(path) == contents[won.index(True)]
 
@@ -107,26 +137,30 @@ def eager_switching():
     sys.setswitchinterval(usual)
 
 
-def test_create_by_processes_has_one_winner(shared_store):
+def test_conditional_write_by_processes_has_one_winner(shared_store):
     spawn = multiprocessing.get_context("spawn")
-    together = spawn.Barrier(WRITERS)
+    together = spawn.Barrier(PROCESSES)
     outcomes = spawn.SimpleQueue()
+    shared_store.put("replace", b"old")
     processes = [
-        spawn.Process(target=_create_together, args=(shared_store, together, f"writer {i}".encode(), outcomes))
-        for i in range(WRITERS)
+        spawn.Process(target=_write_together, args=(shared_store, together, f"writer {i}".encode(), outcomes))
+        for i in range(PROCESSES)
     ]
     for process in processes:
         process.start()
-    won = dict(outcomes.get() for _ in processes)
+    answers = [outcomes.get() for _ in range(2 * PROCESSES)]
     for process in processes:
         process.join()
-    assert sorted(won.values()) == [False] * (WRITERS - 1) + [True]
-    assert won[shared_store.get("record")]
+    for kind in ("create", "replace"):
+        won = {content: success for each, content, success in answers if each == kind}
+        assert sorted(won.values()) == [False] * (PROCESSES - 1) + [True]
+        assert won[shared_store.get(kind)]
 
 
-def _create_together(store, together, content, outcomes):
-    together.wait()
-    outcomes.put((content, store.create("record", content)))
+def _write_together(store, together, content, outcomes):
+    for kind in ("create", "replace"):
+        together.wait()
+        outcomes.put((kind, content, write(store, kind, kind, content)))
 
 
 def test_upload_stores_the_file_and_describes_it(store, tmp_path):
@@ -244,10 +278,11 @@ def test_local_path_and_file_url_name_the_same_store(tmp_path, monkeypatch):
     assert relative.location("a") == f"{tmp_path}/out/a"
 
 
-@pytest.mark.parametrize("url", ["nosuch://host/x", "s3://", "simplecache::s3://bucket/x"])
+@pytest.mark.parametrize("url", ["nosuch://host/x", "s3://", "simplecache::s3://bucket/x", "s3://key:word@bucket/x"])
 def test_store_of_unusable_url_is_refused(url):
-    with pytest.raises(StoreError, match="no such kind of storage"):
+    with pytest.raises(StoreError, match="no such kind of storage") as refused:
         ObjectStore(url)
+    assert "word" not in str(refused.value)
 
 
 def test_local_copy_is_a_hard_link_and_leaves_no_temporary_file(local_store):
@@ -278,7 +313,9 @@ def test_local_create_of_taken_path_leaves_no_temporary_file(local_store):
     assert list(folder.iterdir()) == [folder / "a"]
 
 
-def test_s3_create_whose_answer_is_lost_is_ours_by_content(s3, s3_store):
+@pytest.mark.parametrize("kind", ["create", "replace"])
+def test_s3_conditional_write_whose_answer_is_lost_is_ours_by_content(s3, s3_store, kind):
+    s3_store.put("replace", b"old")
     puts = []
 
     def lose_first_answer(environ, start):
@@ -288,12 +325,15 @@ def test_s3_create_whose_answer_is_lost_is_ours_by_content(s3, s3_store):
         return s3.lose_answer(environ, start) if len(puts) == 1 else s3.serve(environ, start)
 
     s3.handler = lose_first_answer
-    assert s3_store.create("record", b"nonce 1") is True
+    assert write(s3_store, kind, kind, b"nonce 1") is True
     assert len(puts) == 2, "the client was expected to send the write again"
-    assert s3_store.create("record", b"nonce 2") is False
+    assert write(s3_store, kind, kind, b"nonce 2") is False
+    assert s3_store.get(kind) == b"nonce 1"
 
 
-def test_s3_create_told_to_try_again_does(s3, s3_store):
+@pytest.mark.parametrize("kind", ["create", "replace"])
+def test_s3_conditional_write_told_to_try_again_does(s3, s3_store, kind):
+    s3_store.put("replace", b"old")
     puts = []
 
     def conflict_first(environ, start):
@@ -305,9 +345,22 @@ def test_s3_create_told_to_try_again_does(s3, s3_store):
         return s3.serve(environ, start)
 
     s3.handler = conflict_first
-    assert s3_store.create("record", b"x") is True
+    assert write(s3_store, kind, kind, b"x") is True
     assert len(puts) == 2
-    assert s3_store.get("record") == b"x"
+    assert s3_store.get(kind) == b"x"
+
+
+def test_s3_large_object_is_stored_in_parts_and_its_name_is_taken(seaweed_store, tmp_path):
+    content = os.urandom(2**20) * (LARGE // 2**20)
+    file = tmp_path / "large"
+    file.write_bytes(content)
+    entry = seaweed_store.upload(file, "a")
+    assert entry == FileEntry("a", LARGE, hashlib.sha256(content).hexdigest())
+    assert "-" in seaweed_store._backend.read_versioned("a")[1], "an upload in parts has an ETag that says so"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(seaweed_store), "get", lambda *_: b"")  # no need to compare the contents too
+        assert seaweed_store.create("a", content[::-1]) is False
+    assert seaweed_store.get_range("a", LARGE - 9, LARGE) == content[-9:]
 
 
 def test_s3_refusal_names_the_object_and_is_no_conflict(s3, s3_store):
@@ -318,16 +371,94 @@ def test_s3_refusal_names_the_object_and_is_no_conflict(s3, s3_store):
         s3_store.get("record")
 
 
-def test_s3_probe_of_server_that_ignores_conditions_is_refused(s3, s3_store):
-    def ignore_conditions(environ, start):
-        environ.pop("HTTP_IF_NONE_MATCH", None)
+@pytest.mark.parametrize("condition", ["HTTP_IF_NONE_MATCH", "HTTP_IF_MATCH"])
+def test_s3_probe_of_server_that_ignores_a_condition_is_refused(s3, s3_store, condition):
+    def ignore_condition(environ, start):
+        environ.pop(condition, None)
         return s3.serve(environ, start)
 
-    s3.handler = ignore_conditions
-    with pytest.raises(StoreError, match="conditional writes"):
+    s3.handler = ignore_condition
+    with pytest.raises(StoreError, match=r"in spite of their condition.*If-Match.*--single-driver"):
         s3_store.probe("area")
+    assert s3_store.list() == {}
+
+
+def test_s3_probe_of_server_that_refuses_conditions_is_refused(s3, s3_store):
+    s3.handler = s3.refuse_conditions
+    with pytest.raises(StoreError, match=r"conditional writes fail: .*refused by the test.*--single-driver"):
+        s3_store.probe("area")
+    assert s3_store.list() == {}
+
+
+def test_s3_probe_without_the_right_to_write_does_not_speak_of_conditions(s3, s3_store):
+    s3.handler = lambda environ, start: s3.refuse("403 Forbidden", "AccessDenied", environ, start)
+    with pytest.raises(StoreError, match="cannot be written: PermissionError") as refused:
+        s3_store.probe("area")
+    assert "condition" not in str(refused.value)
+
+
+@pytest.mark.parametrize("server", ["ignore_conditions", "refuse_conditions"])
+def test_s3_single_driver_looks_before_it_writes(s3, s3_store, server):
+    s3.handler = getattr(s3, server)
+    store = pickle.loads(pickle.dumps(ObjectStore(s3_store.url, single_driver=True)))
+    store.probe("area")
+    assert store.list() == {}
+    assert store.create("a", b"first") is True
+    assert store.create("a", b"second") is False
+    assert store.replace("a", b"other", b"third") is False
+    assert store.replace("a", b"first", b"third") is True
+    assert store.replace("absent", b"", b"x") is False
+    assert store.get("a") == b"third"
 
 
 def test_s3_missing_bucket_is_an_error_and_not_empty(s3):
     with pytest.raises(StoreError, match="listed"):
         ObjectStore("s3://no-such-bucket/x").list()
+
+
+@pytest.fixture
+def linked_store(local_store, tmp_path):
+    """A folder with symbolic links that lead out of it."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_bytes(b"secret")
+    local_store.put("inside/a", b"x")
+    folder = Path(local_store.url)
+    (folder / "link").symlink_to(outside)
+    (folder / "file").symlink_to(outside / "secret")
+    (folder / "inside" / "up").symlink_to("../../outside")
+    return local_store
+
+
+@pytest.mark.parametrize("path", ["link/secret", "inside/up/secret", "file"])
+def test_local_symbolic_link_out_of_the_store_is_not_followed(linked_store, tmp_path, path):
+    file = tmp_path / "upload"
+    file.write_bytes(b"new")
+    operations = [
+        lambda: linked_store.get(path),
+        lambda: linked_store.size(path),
+        lambda: linked_store.put(path, b"new"),
+        lambda: linked_store.create(path, b"new"),
+        lambda: linked_store.replace(path, b"secret", b"new"),
+        lambda: linked_store.upload(file, path),
+        lambda: linked_store.copy("inside/a", path),
+        lambda: linked_store.copy(path, "stolen"),
+        lambda: linked_store.delete(path),
+        lambda: linked_store.delete_tree(path),
+        lambda: linked_store.list(path),
+        lambda: linked_store.discard_unfinished(path),
+    ]
+    for operation in operations:
+        with pytest.raises(StoreError, match="a symbolic link leads out of"):
+            operation()
+    assert linked_store.list() == {"inside/a": 1}
+    linked_store.delete_tree("inside")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "outside").iterdir()} == {"secret": b"secret"}
+
+
+def test_local_folder_that_is_itself_reached_through_a_link_is_fine(local_store, tmp_path):
+    local_store.put("a", b"x")
+    (tmp_path / "alias").symlink_to(local_store.url)
+    alias = ObjectStore(str(tmp_path / "alias"))
+    alias.put("b/c", b"y")
+    assert local_store.list() == {"a": 1, "b/c": 1}

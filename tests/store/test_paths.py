@@ -72,6 +72,8 @@ def test_every_operation_refuses_such_a_path(memory_store, tmp_path, path):
         "copy to": lambda: memory_store.copy("fine", path),
         "delete": lambda: memory_store.delete(path),
         "delete_tree": lambda: memory_store.delete_tree(path),
+        "discard_unfinished": lambda: memory_store.discard_unfinished(path),
+        "replace": lambda: memory_store.replace(path, b"x", b"y"),
         "sha256": lambda: memory_store.sha256(path),
         "list": lambda: memory_store.list(path),
     }

@@ -5,7 +5,7 @@ import pytest
 from examples import FINGERPRINT, SHA256, block_record, finished_record, manifest
 
 from srr_dist.errors import OutputError, StoreError
-from srr_dist.store import BlockRecord, FileEntry, RunArea, write_commit
+from srr_dist.store import BlockRecord, FileEntry, ObjectStore, RunArea, write_commit
 
 OTHER = "fedcba9876543210" * 4
 AREA = f".srr/{FINGERPRINT}"
@@ -186,3 +186,72 @@ def test_record_entry_of_another_attempt_is_refused():
     foreign = FileEntry(f"{AREA}/blocks/00017/2-bbbb/base.safetensors", 4, SHA256)
     with pytest.raises(StoreError, match=r"files\.base: expected a path below .*1-aaaa"):
         block_record(files={"base": foreign})
+
+
+def test_condemned_record_does_not_count_and_its_bytes_stay(area, caplog):
+    first = area.commit(finished_record(area))
+    other = area.commit(finished_record(area, unit="rest"))
+    before = area.store.get(f"{AREA}/blocks/00017.json")
+    area.condemn(first, ["a byte differs"])
+    area.condemn(first, ["found again"])
+    with caplog.at_level(logging.WARNING):
+        assert area.records() == {"rest": other}
+    assert "unit 00017, generation 1 does not count: it is marked as damaged" in caplog.text
+    assert area.store.get(f"{AREA}/blocks/00017.json") == before
+    assert area.store.get_json(f"{AREA}/blocks/00017.g1.damaged.json") == {"problems": ["a byte differs"]}
+    assert area.next_generations() == {"00017": 2, "rest": 2}
+    second = area.commit(finished_record(area, generation=2, attempt="2-bbbb"))
+    assert area.records() == {"00017": second, "rest": other}
+    area.condemn(second, [])
+    assert area.records() == {"rest": other}
+
+
+def test_condemned_output_stays_so_until_it_is_acquitted(area):
+    assert not area.is_condemned()
+    area.condemn_output(["base/x is damaged"])
+    area.condemn_output(["base/y is damaged"])
+    assert area.is_condemned()
+    area.acquit_output()
+    area.acquit_output()
+    assert not area.is_condemned()
+
+
+def test_garbage_is_what_no_record_names(store):
+    area = RunArea(store, FINGERPRINT)
+    area.begin({"units": ["00017"]})
+    first = area.commit(finished_record(area))
+    second = area.commit(finished_record(area, generation=2, attempt="2-bbbb"))
+    area.condemn(first, [])
+    kept = set(store.list())
+    for waste in ("blocks/00017/3-cccc/base.safetensors", "blocks/rest/1/base.safetensors", f"probe-{'0' * 32}"):
+        store.put(f"{AREA}/{waste}", b"waste")
+    for other in (f"{AREA}/boundaries/00004/00000.safetensors", f"{AREA}/evaluations/a.json", "base/config.json"):
+        store.put(other, b"kept")
+        kept.add(other)
+    area.collect_garbage()
+    assert set(store.list()) == kept
+    assert area.records() == {"00017": second}
+
+
+@pytest.mark.parametrize("units", [None, "00017", [3], ["../x"]])
+def test_run_that_does_not_say_its_units_is_refused(area, units):
+    area.begin({"units": units} if units else {})
+    with pytest.raises(StoreError, match="unit"):
+        area.units()
+
+
+def test_units_are_those_of_the_run(area):
+    area.begin({"units": ["00000", "rest"]})
+    assert area.units() == {"00000", "rest"}
+
+
+def test_single_driver_of_a_store_without_conditions_can_begin_and_commit(s3, s3_store):
+    s3.handler = s3.refuse_conditions
+    with pytest.raises(StoreError, match="--single-driver"):
+        RunArea(s3_store, FINGERPRINT).begin({"rank": 32})
+    area = RunArea(ObjectStore(s3_store.url, single_driver=True), FINGERPRINT)
+    area.begin({"rank": 32})
+    first = area.commit(finished_record(area))
+    assert area.commit(finished_record(area, attempt="2-bbbb")) == first
+    with pytest.raises(OutputError, match="rank: 32 -> 64"):
+        RunArea(area.store, OTHER).begin({"rank": 64})
