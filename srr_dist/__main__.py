@@ -12,6 +12,7 @@ VERBS = {
     "status": "how far a run is, from storage alone",
     "verify": "check every file of a finished output",
     "evaluate": "perplexity and KL of an output against its original",
+    "zoo": "many models under many recipes: quantize, evaluate, verify, and one page of results",
 }
 
 

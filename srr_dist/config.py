@@ -118,6 +118,7 @@ class JobConfig:
     watchdog: float = option(60.0, "seconds without a sign of life after which a worker is replaced; 0: never")
     grace: float = option(20.0, "seconds that a stop waits for blocks that are being solved")
     model_root: str = option("", f"where hub ids are looked up instead of the hub (or {MODEL_ROOT_VARIABLE})")
+    statistics: str = option("", "folder or URL that keeps moments, so that runs of one model and text share them")
     single_driver: bool = option(
         False, "nothing else writes this output: use a store without conditional writes, looking before writing instead"
     )
@@ -163,25 +164,41 @@ class RunConfig:
         )
         return config
 
+    def flags(self) -> list[str]:
+        """The command line that gives this configuration: ``--name=value`` of each option that is not its default."""
+        values = {f: getattr(part, f.name) for part in (self.quantize, self.job) for f in fields(part)}
+        return [
+            f"--{f.name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for f, value in values.items()
+            if value != f.default
+        ]
+
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Options from a YAML recipe, unvalidated but for its shape: a mapping of option names to values."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"recipe: {path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # YAML's constructors raise whatever Python does on the text of a number or a date
-        raise ConfigError(f"recipe: {path} is no YAML: {one_line(error)}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"recipe: {path} must be a mapping of option names to values, found {type(content).__name__}")
+    """Options from a YAML recipe, unvalidated but for its shape: a mapping of option names to single values."""
+    content = load_mapping(path, "recipe")
     for key, value in content.items():
-        if not isinstance(key, str):
-            raise ConfigError(f"recipe: {path} must be a mapping of option names to values, found the key {key!r:.80}")
         if not isinstance(value, str | int | float | None):  # and never shown whole, since aliases can make it huge
             raise ConfigError(f"recipe: {path} gives {key} a {type(value).__name__}, expected a single value")
     return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def load_mapping(path: str | Path, kind: str) -> dict[str, Any]:
+    """What a YAML file maps names to, {} for an empty file; ``kind`` says in errors what the file is for."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{kind}: {path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # YAML's constructors raise whatever Python does on the text of a number or a date
+        raise ConfigError(f"{kind}: {path} is no YAML: {one_line(error)}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{kind}: {path} must be a mapping of option names to values, found {type(content).__name__}")
+    for key in content:
+        if not isinstance(key, str):
+            raise ConfigError(f"{kind}: {path} must be a mapping of option names to values, found the key {key!r:.80}")
+    return content
 
 
 def presets_folder() -> Path:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import srr_dist.config
+from srr_dist.command import parse_run, run_parser
 from srr_dist.config import (
     FORMAT_VERSION,
     JobConfig,
@@ -68,6 +69,7 @@ REFUSED = [
     ("watchdog", -1.0, "0 or more seconds"),
     ("grace", float("nan"), "0 or more seconds"),
     ("model_root", None, "a value of type str"),
+    ("statistics", None, "a value of type str"),
     ("single_driver", "yes", "a value of type bool"),
     ("dry_run", "yes", "a value of type bool"),
 ]
@@ -102,6 +104,13 @@ def test_values_at_the_edge_are_accepted(options):
     config = RunConfig.from_options(COMPLETE | options)
     everything = dataclasses.asdict(config.quantize) | dataclasses.asdict(config.job)
     assert everything.items() >= options.items()
+
+
+@pytest.mark.parametrize("options", ACCEPTED, ids=str)
+def test_flags_of_a_configuration_give_it_back(options):
+    changes = {"workers": 3, "dry_run": True, "ray_address": "host:1", "statistics": "s"} | options
+    config = RunConfig.from_options(COMPLETE | changes)
+    assert parse_run(run_parser("quantize", ""), config.flags()) == config
 
 
 def test_unknown_option_is_refused_with_the_known_ones():

@@ -21,6 +21,7 @@ ALLOWED_OURS = {
     "store": {"store", *FOUNDATION},
     "checkpoint": {"checkpoint", "config", *FOUNDATION},
     "export": {"export", "store", "checkpoint", "solve", "config", *FOUNDATION},
+    "catalog": {"catalog", "export", "store", "config", *FOUNDATION},
     "pipeline": {
         "pipeline", "export", "store", "checkpoint", "solve", "calibration", "config", *FOUNDATION,
     },

@@ -83,6 +83,15 @@ class InputMoment:
                 return (s / (s.min() * s.max()).sqrt()).square()
         raise ValueError(f"scaling: {self.scaling!r} is not known")
 
+    def parts(self) -> dict[int, Tensor]:
+        """First row -> the rows of ``total`` that are added to, views: all that a moment is but for its two counts.
+
+        Of a matrix these are its panels up to the diagonal; the rest follows from symmetry.
+        """
+        if self.scaling != "exact":
+            return {0: self.total}
+        return {start: self.total[start:stop, :stop] for start, stop in self._panels()}
+
     def _finite_rows(self, x: Tensor) -> Tensor:
         finite = torch.isfinite(x.sum(-1, dtype=torch.float32))  # a NaN or Inf anywhere in a row reaches its sum
         if bool(finite.all()):
@@ -101,9 +110,9 @@ class InputMoment:
 
     def _add_products(self, x: Tensor) -> None:
         """Add the lower triangle of ``xᵀ x``, panel by panel: symmetry saves three eighths of the arithmetic."""
-        for start, stop in self._panels():
-            product = _gram(x[:, start:stop], x[:, :stop])
-            self.total[start:stop, :stop] += product.to(self.total.device)
+        for start, part in self.parts().items():
+            rows, columns = part.shape
+            part.add_(_gram(x[:, start : start + rows], x[:, :columns]).to(part.device))
 
 
 def accumulator_shape(features: int, scaling: str) -> tuple[int, ...]:

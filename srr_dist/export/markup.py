@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
+from importlib.resources import files
 
 EMPTY = frozenset({"meta", "rect", "path", "circle", "line"})
 
@@ -59,6 +60,21 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]], *, label: str,
 def section(title: str, note: str, *content: Html) -> Html:
     """A titled part of the page; an empty note is left out."""
     return tag("section", tag("h2", title), *([tag("p", note, class_="note")] if note else []), *content)
+
+
+def page(title: str, header: Html, content: Iterable[str], footer: str) -> str:
+    """A whole page that needs no network and no script; ``title`` is the window's."""
+    style = Html(files("srr_dist.export").joinpath("report.css").read_text(encoding="utf-8"))
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", style),
+    )
+    body = tag("body", tag("header", header), tag("main", *content), tag("footer", footer))
+    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
 
 def _attribute(key: str) -> str:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib.resources import files
 from typing import Any
 
 from srr_dist.export.layer_sections import layer_sections, relative_error
-from srr_dist.export.markup import Html, section, table, tag
+from srr_dist.export.markup import Html, join, page, section, table, tag
 from srr_dist.export.pictures import bar, legend
 from srr_dist.export.quantities import (
     MISSING,
@@ -42,23 +41,13 @@ def render_report(report: dict[str, Any]) -> str:
         report: format version 1. Any number in it may be null or NaN, and any list may be empty.
     """
     model = str(report["model"])
-    style = Html(files("srr_dist.export").joinpath("report.css").read_text(encoding="utf-8"))
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{model} · quantization report"),
-        tag("style", style),
-    )
     made_by = " · ".join(f"{name} {version}" for name, version in report["created_by"].items())
-    body = tag(
-        "body",
-        tag("header", tag("h1", model), tag("p", "Q + L·R · run ", tag("code", report["fingerprint"]), class_="note")),
-        tag("main", *_sections(report)),
-        tag("footer", f"{made_by} · report format {report['format_version']}"),
+    return page(
+        f"{model} · quantization report",
+        join([tag("h1", model), tag("p", "Q + L·R · run ", tag("code", report["fingerprint"]), class_="note")]),
+        _sections(report),
+        f"{made_by} · report format {report['format_version']}",
     )
-    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
 
 def _sections(report: Record) -> Iterator[Html]:

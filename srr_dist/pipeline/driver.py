@@ -21,8 +21,9 @@ from srr_dist.pipeline.prepare import Sources, make_run, open_sources, refuse_ow
 from srr_dist.pipeline.progress import Progress
 from srr_dist.pipeline.run import Run, stored_dtype, unit_name, versions
 from srr_dist.pipeline.stage import Stage
+from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.watch import StopRequests, Watch, stop_requests
-from srr_dist.pipeline.windows import Window, next_window, reachable
+from srr_dist.pipeline.windows import Window, next_window, next_window_at_rest, reachable
 from srr_dist.pipeline.work import WindowWork, describe
 from srr_dist.store import ObjectStore, RunArea, read_complete
 from srr_dist.store.events import EventLog
@@ -60,8 +61,10 @@ def quantize(config: RunConfig) -> Outcome:
             return Outcome(None, {})
         if not RunArea.find(store):
             scan_weights(sources.checkpoint, sources.graph)
+    statistics = ObjectStore(job.statistics).url if job.statistics else ""
     with connected(job) as cluster, stop_requests(job.grace) as stop:
-        run = make_run(sources, store.url, on_gpu=bool(cluster.gpus), single_driver=store.single_driver)
+        on_gpu = bool(cluster.gpus)
+        run = make_run(sources, store.url, on_gpu=on_gpu, single_driver=store.single_driver, statistics=statistics)
         plan = make_plan(run, cluster, job.blocks_per_stage)
         if job.dry_run:
             return Outcome(plan, {})
@@ -120,7 +123,7 @@ def work_off(
                 if window is not None and window == passed:
                     raise OutputError(
                         f"{area.store.url}: {describe(window)} were worked off, but what the workers committed is not "
-                        "here; use an output that every node of the cluster shares"
+                        "here; use an output (and statistics) that every node of the cluster shares"
                     )
                 metrics.workers.set(len(workers))
                 events.note("window", blocks=describe(window), workers=len(workers))
@@ -148,6 +151,18 @@ def missing_units(run: Run, area: RunArea) -> dict[str, int]:
     valid = area.records()
     generations = area.next_generations()
     return {unit: generations.get(unit, 1) for unit in run.units if unit not in valid}
+
+
+def blocks_at_rest(run: Run) -> set[int]:
+    """Blocks that can be solved without a forward pass: nothing is calibrated, or all their moments are kept."""
+    if not run.token_ids.shape[0]:
+        return {block.index for block in run.graph.blocks}
+    kept = Statistics(run).available()
+    needed = {
+        block.index: {linear.input for linear in block.linears if linear.name in run.quantized}
+        for block in run.graph.blocks
+    }
+    return {index for index, inputs in needed.items() if inputs <= kept}
 
 
 def finish(run: Run, area: RunArea, export: str, *, anew: bool) -> None:
@@ -185,11 +200,12 @@ def _next_window(
 ) -> Window | None:
     """The next window, or None where no block is missing that can be reached."""
     pending = {int(unit) for unit in missing if unit != REST}
-    # Without calibration nothing flows through the blocks, each can be solved at once.
-    starts = boundaries.available() if plan.run.token_ids.shape[0] else {*pending, 0}
+    suspects = {int(unit) for unit in ledger.suspects if unit != REST}
+    if ready := pending & blocks_at_rest(plan.run):
+        return next_window_at_rest(ready, workers, plan.holding.blocks, suspects)
+    starts = boundaries.available()
     pending = reachable(pending, starts, [int(unit) for unit in ledger.impassable if unit != REST])
-    suspects = pending & {int(unit) for unit in ledger.suspects if unit != REST}
-    return next_window(pending, starts, workers, plan.holding.blocks, suspects) if pending else None
+    return next_window(pending, starts, workers, plan.holding.blocks, pending & suspects) if pending else None
 
 
 def _progress(run: Run, missing: Mapping[str, int]) -> Progress:
@@ -197,7 +213,10 @@ def _progress(run: Run, missing: Mapping[str, int]) -> Progress:
     layers = sum(1 for block in pending for linear in block.linears if linear.name in run.quantized)
     if len(missing) < len(run.units):
         log.info("resuming: %d of %d units are committed", len(run.units) - len(missing), len(run.units))
-    return Progress("quantize", run.token_ids.shape[0] * len(pending), layers)
+    at_rest = blocks_at_rest(run).intersection(block.index for block in pending)
+    if at_rest and run.statistics:
+        log.info("statistics: the moments of %d of %d blocks are kept, no passes for these", len(at_rest), len(pending))
+    return Progress("quantize", run.token_ids.shape[0] * (len(pending) - len(at_rest)), layers)
 
 
 def _note_start(events: EventLog, plan: Plan, missing: Mapping[str, int]) -> None:

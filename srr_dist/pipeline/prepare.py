@@ -49,7 +49,7 @@ def open_sources(config: QuantizeConfig) -> Sources:
     return Sources(config, checkpoint, graph, unquantized, *_tokens(config, checkpoint))
 
 
-def make_run(sources: Sources, output: str, *, on_gpu: bool, single_driver: bool = False) -> Run:
+def make_run(sources: Sources, output: str, *, on_gpu: bool, single_driver: bool = False, statistics: str = "") -> Run:
     """The run that these sources make on this kind of hardware, with its fingerprint."""
     config, checkpoint = sources.config, sources.checkpoint
     dtype = forward_dtype(config.dtype, checkpoint, on_gpu=on_gpu)
@@ -65,6 +65,7 @@ def make_run(sources: Sources, output: str, *, on_gpu: bool, single_driver: bool
         sources.token_ids,
         sources.tokens_sha256,
         single_driver,
+        statistics,
     )
 
 

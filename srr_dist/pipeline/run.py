@@ -39,6 +39,8 @@ class Run:
     tokens_sha256: str
     single_driver: bool = False
     """Whether the output's store is used without conditional writes."""
+    statistics: str = ""
+    """Where moments are kept for other runs, "" to keep none."""
 
     @property
     def grid(self) -> Grid:

@@ -33,6 +33,7 @@ from srr_dist.pipeline.cluster import Pulse
 from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
 from srr_dist.pipeline.run import Run, unit_name, versions
+from srr_dist.pipeline.statistics import Statistics
 from srr_dist.solve import Metric, solve_layer
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
 from srr_dist.store.records import REST
@@ -58,6 +59,8 @@ class StagePlan:
     last: bool
     """Whether the window ends with this stage."""
     planned_memory: dict[str, int]
+    passes: bool = True
+    """Whether sequences pass; if not, moments are taken from the statistics."""
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Stage(Pulse):
         self.decoder = Decoder(run.checkpoint, dtype=run.dtype, device=self.device)
         self.area = RunArea(ObjectStore(run.output, run.single_driver), run.fingerprint)
         self.boundaries = Boundaries(self.area)
+        self.statistics = Statistics(run)
         self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
         self.writers = ThreadPoolExecutor(_BOUNDARY_WRITERS)
         self.held: dict[int, _Held] = {}
@@ -123,7 +127,7 @@ class Stage(Pulse):
         return None if plan.last else hidden_states.pack(outgoing)
 
     def end_forward(self) -> None:
-        """Every sequence has passed: make the outgoing boundary durable, let go what only the passes needed."""
+        """Every sequence has passed: make boundary and moments durable, let go what only the passes needed."""
         plan = self._plan()
         if plan.save is not None:
             hashes = [self.saved[sequence].result() for sequence in sorted(self.saved)]
@@ -134,15 +138,24 @@ class Stage(Pulse):
             self.decoder.drop_block(index)
             if index not in plan.collect:
                 self._drop(index)
+            elif plan.passes:
+                self._keep_moments(self.held[index])
 
-    def solve(self, index: int, generation: int) -> dict[str, Any]:
+    def solve(self, index: int, generation: int) -> dict[str, Any] | None:
         """Solve every layer of a block, upload the result and commit it; returns a summary for the progress line.
+
+        A block whose stored moments turn out to be damaged is left as it is, to be calibrated in another window:
+        None is returned for it.
 
         Raises:
             CalibrationError: too many of a layer's input rows were NaN or Inf.
         """
         with blame(unit_name(index)):
-            return self._solve(self.held[index], unit_name(index), generation)
+            held = self.held[index]
+            if not (self._plan().passes or self._recall_moments(held)):
+                self._drop(index)
+                return None
+            return self._solve(held, unit_name(index), generation)
 
     def store_rest(self, generation: int) -> dict[str, Any]:
         """Read, check and commit every tensor outside the blocks, as the source has it."""
@@ -159,7 +172,7 @@ class Stage(Pulse):
         self.decoder.load_block(block.index, tensors)
         held = _Held(block, tensors if collect else {}, {})
         if collect and self.run.token_ids.shape[0]:
-            self._attach_moments(held)
+            self._attach_moments(held, listen=self._plan().passes)
         held.seconds = {"read": time.perf_counter() - started, "calibrate": 0.0}
         self.held[block.index] = held
 
@@ -182,8 +195,8 @@ class Stage(Pulse):
         self._drop(held.block.index)
         return _summary(record)
 
-    def _attach_moments(self, held: _Held) -> None:
-        """One moment per shared input, fed by a hook on the first layer that reads it."""
+    def _attach_moments(self, held: _Held, *, listen: bool) -> None:
+        """One moment per shared input; where they are to ``listen``, fed by a hook on the first layer that reads it."""
         modules = self.decoder.linear_modules(held.block.index)
         for shared in self._shared_inputs(held.block):
             linear = shared[0]
@@ -195,7 +208,21 @@ class Stage(Pulse):
             def add(module: nn.Module, args: tuple[Tensor], moment: InputMoment = moment) -> None:
                 moment.update(args[0].reshape(-1, moment.features))
 
-            modules[linear.input].register_forward_pre_hook(add)
+            if listen:
+                modules[linear.input].register_forward_pre_hook(add)
+
+    def _keep_moments(self, held: _Held) -> None:
+        started = time.perf_counter()
+        for name, moment in held.moments.items():
+            self.statistics.save(name, moment, Path(self.scratch.name))
+        held.seconds["write"] = time.perf_counter() - started
+
+    def _recall_moments(self, held: _Held) -> bool:
+        """Fill the moments from the statistics; False if one of them is not there any more, or damaged."""
+        started = time.perf_counter()
+        complete = all(self.statistics.load(name, moment) for name, moment in held.moments.items())
+        held.seconds["read"] += time.perf_counter() - started
+        return complete
 
     def _accumulator(self, features: int) -> Tensor | None:
         """Memory for a moment where the plan wants it; None for beside the weights."""
@@ -281,7 +308,7 @@ class Stage(Pulse):
                     local, self.area.attempt_path(unit, attempt, f"{name}.safetensors")
                 )
                 local.unlink()
-        seconds = held.seconds | {"write": time.perf_counter() - started}
+        seconds = held.seconds | {"write": held.seconds.get("write", 0.0) + time.perf_counter() - started}
         return self.area.commit(
             BlockRecord(
                 unit=unit,

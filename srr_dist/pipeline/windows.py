@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive blocks that the stages hold at once.
+    """Blocks that the stages hold at once.
 
     Attributes:
         start: first block; the sequences enter from the boundary in front of it.
-        stages: per stage its consecutive blocks; together ``start, start + 1, …``.
-        collect: blocks that are calibrated and solved; the others are committed already and only passed through.
+        stages: per stage its blocks; together ``start, start + 1, …`` where sequences pass.
+        collect: blocks that are solved; the others are committed already and only passed through.
         save: block before which the outgoing hidden states are stored, None where no later block needs them.
+        passes: whether sequences pass through the blocks; if not, each can be solved without them.
     """
 
     start: int
     stages: tuple[tuple[int, ...], ...]
     collect: frozenset[int]
     save: int | None
+    passes: bool = True
 
     @property
     def blocks(self) -> list[int]:
@@ -55,6 +57,17 @@ def next_window(
     return Window(start, parts, frozenset(pending) & frozenset(range(start, stop)), stop if stop <= last else None)
 
 
+def next_window_at_rest(
+    ready: Collection[int], stages: int, blocks_per_stage: int, suspects: Collection[int] = ()
+) -> Window:
+    """The window that solves the first of the blocks, not empty, which no sequence has to pass any more.
+
+    Suspects come last, each in a window to itself.
+    """
+    blocks = sorted(set(ready).difference(suspects))[: stages * blocks_per_stage] or [min(ready)]
+    return Window(blocks[0], even_parts(blocks, stages), frozenset(blocks), save=None, passes=False)
+
+
 def reachable(pending: Collection[int], boundaries: Collection[int], impassable: Collection[int]) -> set[int]:
     """The pending blocks whose hidden states can be had: no block that sequences do not get through lies before."""
     return {
@@ -72,7 +85,7 @@ def all_windows(count: int, stages: int, blocks_per_stage: int) -> list[Window]:
     return windows
 
 
-def even_parts(blocks: range, parts: int) -> tuple[tuple[int, ...], ...]:
+def even_parts(blocks: Sequence[int], parts: int) -> tuple[tuple[int, ...], ...]:
     """At most ``parts`` consecutive, non-empty parts whose lengths differ by one at most.
 
     The first is among the shorter ones: its stage embeds or reads besides.

@@ -95,7 +95,7 @@ class WindowWork:
         count, seq_len = run.token_ids.shape
         sequence_bytes = seq_len * hidden_size(run.checkpoint) * run.dtype.itemsize
         under_way: deque[tuple[Any, int]] = deque()
-        for batch in batches(count, len(self._stages), sequence_bytes):
+        for batch in batches(count, len(self._stages), sequence_bytes) if self._window.passes else ():
             message = None
             for worker, _ in self._stages:
                 message = worker.handle.forward.remote(tuple(batch), message)
@@ -206,17 +206,17 @@ def _kind(error: RayError, cause: BaseException) -> str:
 def stage_plans(window: Window, number: int, plan: Plan) -> list[StagePlan]:
     """What each stage is told of a window."""
     last = len(window.stages) - 1
-    calibrates = plan.run.token_ids.shape[0] > 0
     return [
         StagePlan(
             stage=index,
             window=number,
             blocks=blocks,
             collect=window.collect & frozenset(blocks),
-            start=window.start if index == 0 and calibrates else None,
-            save=window.save if index == last and calibrates else None,
+            start=window.start if index == 0 and window.passes else None,
+            save=window.save if index == last else None,
             last=index == last,
             planned_memory=plan.planned_memory(),
+            passes=window.passes,
         )
         for index, blocks in enumerate(window.stages)
     ]

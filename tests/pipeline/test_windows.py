@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srr_dist.pipeline.windows import Window, all_windows, batches, even_parts, next_window, reachable
+from srr_dist.pipeline.windows import (
+    Window,
+    all_windows,
+    batches,
+    even_parts,
+    next_window,
+    next_window_at_rest,
+    reachable,
+)
 
 COUNTS = st.integers(1, 40)
 STAGES = st.integers(1, 6)
@@ -132,3 +140,17 @@ def test_blocks_behind_one_that_nothing_passes_are_out_of_reach_unless_a_boundar
     assert reachable({1, 2, 3, 5}, {0}, {2}) == {1, 2}
     assert reachable({1, 2, 3, 5}, {0, 4}, {2}) == {1, 2, 5}
     assert reachable({1, 2, 3}, {0}, set()) == {1, 2, 3}
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), STAGES, PER_STAGE, st.sets(st.integers(0, 40)))
+def test_windows_at_rest_hold_each_block_once_and_suspects_alone(ready, stages, per_stage, suspects):
+    left, held = set(ready), []
+    while left:
+        window = next_window_at_rest(left, stages, per_stage, suspects)
+        assert window.collect == set(window.blocks) <= left
+        assert not window.passes and window.save is None
+        assert all(1 <= len(stage) <= per_stage for stage in window.stages)
+        assert len(window.blocks) == 1 or suspects.isdisjoint(window.blocks)
+        left -= window.collect
+        held += window.blocks
+    assert sorted(held) == sorted(ready)
