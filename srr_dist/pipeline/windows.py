@@ -77,11 +77,16 @@ def reachable(pending: Collection[int], boundaries: Collection[int], impassable:
     }
 
 
-def all_windows(count: int, stages: int, blocks_per_stage: int) -> list[Window]:
-    """The windows of an undisturbed run over ``count`` blocks."""
+def all_windows(count: int, stages: int, blocks_per_stage: int, *, passes: bool = True) -> list[Window]:
+    """The windows of an undisturbed run over ``count`` blocks, which sequences pass through or not."""
     windows: list[Window] = []
     while (start := sum(len(window.blocks) for window in windows)) < count:
-        windows.append(next_window(range(start, count), (start,), stages, blocks_per_stage))
+        left = range(start, count)
+        windows.append(
+            next_window(left, (start,), stages, blocks_per_stage)
+            if passes
+            else next_window_at_rest(left, stages, blocks_per_stage)
+        )
     return windows
 
 
