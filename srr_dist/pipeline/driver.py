@@ -155,7 +155,7 @@ def missing_units(run: Run, area: RunArea) -> dict[str, int]:
 
 def blocks_at_rest(run: Run) -> set[int]:
     """Blocks that can be solved without a forward pass: nothing is calibrated, or all their moments are kept."""
-    if not run.token_ids.shape[0]:
+    if not run.calibrated:
         return {block.index for block in run.graph.blocks}
     kept = Statistics(run).available()
     needed = {

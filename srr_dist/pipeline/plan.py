@@ -82,8 +82,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
     needs = graph_needs(run.checkpoint, run.graph, work, dtype_name(run.dtype))
     per_stage = min(blocks_per_stage, -(-len(needs) // cluster.workers))
     holding = choose_holding(run.graph.blocks, needs, work, cluster.budget, per_stage)
-    passes = run.token_ids.shape[0] > 0
-    windows = all_windows(len(run.graph.blocks), cluster.workers, holding.blocks, passes=passes)
+    windows = all_windows(len(run.graph.blocks), cluster.workers, holding.blocks, passes=run.calibrated)
     return Plan(run, cluster, needs, holding, tuple(windows))
 
 

@@ -48,6 +48,11 @@ class Run:
         return make_grid(self.config.grid, self.config.bits, self.config.group_size)
 
     @property
+    def calibrated(self) -> bool:
+        """Whether there are sequences to pass through the model."""
+        return len(self.token_ids) > 0
+
+    @property
     def units(self) -> list[str]:
         """Every unit of work: one per block, and the rest."""
         return [unit_name(block.index) for block in self.graph.blocks] + [REST]

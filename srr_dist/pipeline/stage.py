@@ -171,7 +171,7 @@ class Stage(Pulse):
         tensors = self.run.checkpoint.read(block.tensors)
         self.decoder.load_block(block.index, tensors)
         held = _Held(block, tensors if collect else {}, {})
-        if collect and self.run.token_ids.shape[0]:
+        if collect and self.run.calibrated:
             self._attach_moments(held, listen=self._plan().passes)
         held.seconds = {"read": time.perf_counter() - started, "calibrate": 0.0}
         self.held[block.index] = held

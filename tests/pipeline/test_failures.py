@@ -90,10 +90,7 @@ class Site:
 
     def stages(self) -> list[psutil.Process]:
         """Worker processes of this cluster that hold a stage."""
-        found = []
-        for node in self.cluster.worker_nodes:
-            found += [child for child in children(raylet(node)) if command(child).startswith("ray::Stage")]
-        return found
+        return [process for node in self.cluster.worker_nodes for process in stages_of(raylet(node))]
 
     def watch(self, before: Callable[[str, dict[str, Any]], bool] = lambda path, environ: False) -> None:
         """Call ``before`` with each object that is about to be written; where it answers True, nothing is written."""
@@ -135,6 +132,11 @@ def children(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def stages_of(node: int) -> list[psutil.Process]:
+    """Worker processes of the node with this raylet that hold a stage."""
+    return [child for child in children(node) if command(child).startswith("ray::Stage")]
 
 
 def command(process: psutil.Process) -> str:
@@ -297,9 +299,9 @@ def test_run_goes_on_with_fewer_workers_when_a_node_dies(site, undisturbed):
     def strike(path: str, environ: dict[str, Any]) -> bool:
         if "/blocks/00000.json" in path and alive:
             node = raylet(alive.pop())
-            workers = [child for child in children(node) if command(child).startswith("ray::Stage")]
+            stages = stages_of(node)
             os.kill(node, signal.SIGKILL)
-            psutil.wait_procs(workers, timeout=TIMEOUT)
+            psutil.wait_procs(stages, timeout=TIMEOUT)
         return False
 
     site.watch(strike)
