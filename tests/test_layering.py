@@ -19,7 +19,7 @@ ALLOWED_OURS = {
     "solve": {"solve", "config", *FOUNDATION},
     "calibration": {"calibration", "config", *FOUNDATION},
     "store": {"store", *FOUNDATION},
-    "checkpoint": {"checkpoint", "config", *FOUNDATION},
+    "checkpoint": {"checkpoint", "store", "config", *FOUNDATION},
     "export": {"export", "store", "checkpoint", "solve", "config", *FOUNDATION},
     "catalog": {"catalog", "export", "store", "config", *FOUNDATION},
     "pipeline": {

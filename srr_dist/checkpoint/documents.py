@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from srr_dist.checkpoint.location import open_filesystem
 from srr_dist.errors import CalibrationError
+from srr_dist.store.remote import open_filesystem
 
 PIECE_BYTES = 64 * 1024
 """A plain text is handed out in pieces that end at the first line end after this many bytes."""

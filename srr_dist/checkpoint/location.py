@@ -6,15 +6,16 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import fsspec
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from srr_dist.errors import CheckpointError
+from srr_dist.errors import CheckpointError, StoreError
+from srr_dist.store.patience import patiently
+from srr_dist.store.remote import is_transient, open_filesystem
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MERGE_GAP = 64 * 1024  # bytes worth reading through rather than paying another request for
@@ -69,12 +70,6 @@ def is_local(url: str) -> bool:
     return "://" not in url
 
 
-def open_filesystem(url: str) -> tuple[Any, str]:
-    """A fresh filesystem for ``url`` and the path within it; instances are never shared, so forks are safe."""
-    filesystem, path = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
-    return filesystem, path
-
-
 def list_files(url: str) -> dict[str, int]:
     """File names directly in the folder ``url``, with their sizes in bytes.
 
@@ -114,10 +109,12 @@ def fetch(url: str, ranges: Sequence[ByteRange]) -> list[bytearray]:
     """The bytes of ``ranges`` under ``url``, in the order given.
 
     Neighbouring ranges share requests, long ones are split into parallel requests, and beyond the result itself at
-    most ``_REQUESTS_IN_FLIGHT * _REQUEST_BYTES`` bytes are held.
+    most ``_REQUESTS_IN_FLIGHT * _REQUEST_BYTES`` bytes are held. Requests that fail for the moment are made again for a
+    while; listings and sizes, which come first and find a wrong address, are not.
 
     Raises:
-        CheckpointError: a file is shorter than a range, or is gone.
+        CheckpointError: a file is shorter than a range, is gone, or may not be read.
+        StoreError: the server does not answer.
     """
     filesystem, root = open_filesystem(url)
     buffers = [bytearray(wanted.stop - wanted.start) for wanted in ranges]
@@ -125,7 +122,8 @@ def fetch(url: str, ranges: Sequence[ByteRange]) -> list[bytearray]:
 
     def get(request: ByteRange) -> bytes:
         path = f"{root}/{request.file}" if request.file else root
-        return bytes(filesystem.cat_file(path, start=request.start, end=request.stop))
+        read = partial(filesystem.cat_file, path, start=request.start, end=request.stop)
+        return bytes(patiently(read, is_transient, path))
 
     # Threads and not cat_ranges, which the hub's filesystem, for one, would serve one after the other.
     with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
@@ -134,6 +132,12 @@ def fetch(url: str, ranges: Sequence[ByteRange]) -> list[bytearray]:
                 parts = list(pool.map(get, [request for request, _ in wave]))
             except FileNotFoundError as error:
                 raise CheckpointError(f"{url}: a file is gone ({error}); it must stay in place during a run") from error
+            except Exception as error:  # every fsspec backend has its own exceptions
+                if is_transient(error):
+                    raise StoreError(
+                        f"{url} cannot be read: {type(error).__name__}: {error}; try again later"
+                    ) from error
+                raise _unreachable(url, error) from error
             for (request, served), part in zip(wave, parts, strict=True):
                 _check_length(url, request, part)
                 for index in served:

@@ -69,6 +69,12 @@ class Boundaries:
         self._area.store.delete(self._record(block))
         self._area.store.delete_tree(self._area.path(f"boundaries/{block:05d}"))
 
+    def clear(self) -> None:
+        """Remove every boundary, also what was left of those that a kill kept from being completed."""
+        for block in self.available() - {0}:
+            self._area.store.delete(self._record(block))
+        self._area.store.delete_tree(self._area.path("boundaries"))
+
     def _object(self, block: int, sequence: int) -> str:
         return self._area.path(f"boundaries/{block:05d}/{sequence:05d}.safetensors")
 

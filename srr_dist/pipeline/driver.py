@@ -175,9 +175,7 @@ def finish(run: Run, area: RunArea, export: str, *, anew: bool) -> None:
     else:
         assemble(area.store, area.records(), _output(run), [export])
     write_views(area)
-    boundaries = Boundaries(area)
-    for block in sorted(boundaries.available() - {0}):
-        boundaries.discard(block)
+    Boundaries(area).clear()
     area.collect_garbage()
 
 

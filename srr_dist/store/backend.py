@@ -55,4 +55,4 @@ class Backend(Protocol):
         """Remove all objects below the folder ``prefix``; none there is no error."""
 
     def discard_unfinished(self, prefix: str) -> None:
-        """Remove what killed writers left below the folder ``prefix`` of objects that never came to be."""
+        """Remove what killed writers left below the folder ``prefix`` ("" = all) of objects that never came to be."""

@@ -148,12 +148,13 @@ class ObjectStore:
         """Remove every object below the folder ``prefix``, which must not be empty."""
         self._request("deleted", prefix, partial(self._backend.delete_tree, check_path(prefix)))
 
-    def discard_unfinished(self, prefix: str) -> None:
-        """Remove what killed writers left below the folder ``prefix``: parts of uploads, temporary files.
+    def discard_unfinished(self, prefix: str = "") -> None:
+        """Remove parts of uploads and temporary files that killed writers left below ``prefix`` ("": anywhere).
 
         An upload that is under way there fails.
         """
-        self._request("cleared", prefix, partial(self._backend.discard_unfinished, check_path(prefix)))
+        discard = partial(self._backend.discard_unfinished, check_path(prefix) if prefix else "")
+        self._request("cleared", prefix, discard)
 
     def sha256(self, path: str) -> str:
         """Hexadecimal sha256 of the stored bytes, read in pieces."""

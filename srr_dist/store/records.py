@@ -210,7 +210,7 @@ class RunArea:
         return self.store.exists(self.path(OUTPUT_MARK))
 
     def collect_garbage(self) -> None:
-        """Remove objects of attempts that no record names, and what killed writers left of objects that never were.
+        """Remove objects of attempts that no record names, and what killed writers left anywhere in the output.
 
         Call it when every unit has a valid record: attempts that are still under way then are waste.
         """
@@ -220,7 +220,7 @@ class RunArea:
             name = path.removeprefix(f"{self.folder}/")
             if _PROBE.fullmatch(name) or (_ATTEMPT.fullmatch(name) and path not in named):
                 self.store.delete(path)
-        self.store.discard_unfinished(self.folder)
+        self.store.discard_unfinished()
 
     def _read_records(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, int, BlockRecord]]:
         """Unit, generation and content of each readable record in a listing, in this order."""

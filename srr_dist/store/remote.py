@@ -42,6 +42,27 @@ _TRANSIENT_ERRORS = (
 )  # fmt: skip
 
 
+def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """A fresh filesystem for a URL or local path, and the path within it; ValueError or ImportError if there is none.
+
+    Nothing of it is shared or cached, so that it is safe after a fork and sees what others write.
+    """
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if urlsplit(url).scheme in {"s3", "s3a"}:
+        options["config_kwargs"] = S3_CLIENT
+    filesystem, root = url_to_fs(url, **options)
+    filesystem.retries = 1  # s3fs would try each failure of the client library five times more
+    return filesystem, root
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether what a filesystem raised may pass by itself: no connection, an overloaded server."""
+    code, status = _server_answer(error)
+    if code is None:
+        return isinstance(error, _TRANSIENT_ERRORS)
+    return code in _TRANSIENT_CODES or (status >= 500 and status != 501)
+
+
 def open_remote(url: str, single_driver: bool) -> Backend:
     """The backend for a URL; ValueError or ImportError if there is none."""
     if "::" in url:
@@ -69,11 +90,7 @@ class RemoteFolder:
 
     def _open(self) -> None:
         self._process = os.getpid()
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-        if urlsplit(self.url).scheme in {"s3", "s3a"}:
-            options["config_kwargs"] = S3_CLIENT
-        self._filesystem, root = url_to_fs(self.url, **options)
-        self._filesystem.retries = 1  # s3fs would try each failure of the client library five times more
+        self._filesystem, root = open_filesystem(self.url)
         self._root = root.rstrip("/")
 
     @property
@@ -84,10 +101,7 @@ class RemoteFolder:
         return self._filesystem
 
     def transient(self, error: Exception) -> bool:
-        code, status = _server_answer(error)
-        if code is None:
-            return isinstance(error, _TRANSIENT_ERRORS)
-        return code in _TRANSIENT_CODES or (status >= 500 and status != 501)
+        return is_transient(error)
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         data: bytes = self.filesystem.cat_file(self._full(path), start=start, end=stop)
@@ -144,7 +158,7 @@ class RemoteFolder:
         self.filesystem.cp_file(self._full(source), self._full(target))
 
     def list(self, prefix: str) -> dict[str, int]:
-        folder = f"{self._full(prefix)}/" if prefix else f"{self._root}/"
+        folder = self._folder(prefix)
         found = self.filesystem.find(folder, detail=True)
         files = sorted(name for name, info in found.items() if info["type"] == "file" and name.startswith(folder))
         return {name.removeprefix(f"{self._root}/"): int(found[name]["size"]) for name in files}
@@ -161,8 +175,8 @@ class RemoteFolder:
 
     def discard_unfinished(self, prefix: str) -> None:
         if hasattr(self.filesystem, "abort_mpu"):
-            bucket, _, key = self._full(prefix).partition("/")
-            for upload in list(self._uploads(bucket, f"{key}/")):
+            bucket, _, key = self._folder(prefix).partition("/")
+            for upload in list(self._uploads(bucket, key)):
                 with suppress(FileNotFoundError):  # somebody else was faster
                     self.filesystem.abort_mpu(bucket, upload["Key"], upload["UploadId"])
 
@@ -179,6 +193,9 @@ class RemoteFolder:
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+    def _folder(self, prefix: str) -> str:
+        return f"{self._full(prefix)}/" if prefix else f"{self._root}/"
 
 
 class MemoryFolder(RemoteFolder):

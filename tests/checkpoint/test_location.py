@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from srr_dist.checkpoint import location
 from srr_dist.checkpoint.location import ByteRange, fetch, list_files, resolve
-from srr_dist.errors import CheckpointError
+from srr_dist.errors import CheckpointError, StoreError
+from srr_dist.store import patience
 
 CONTENT = bytes(range(256)) * 40
 URL = "memory://ranges"
@@ -79,6 +82,36 @@ def test_fetch_of_any_ranges_returns_their_bytes(
 def test_range_beyond_the_end_is_refused(requests: list[tuple[str, int, int]]) -> None:
     with pytest.raises(CheckpointError, match=r"memory://ranges/a: expected 20 bytes at offset 10230, found 10"):
         fetch(URL, [ByteRange("a", len(CONTENT) - 10, len(CONTENT) + 10)])
+
+
+def unsteady(monkeypatch: pytest.MonkeyPatch, error: Exception, failures: float) -> None:
+    """Let that many reads fail, and nobody wait long for the next."""
+    cat_file, errors = MemoryFileSystem.cat_file, count()
+
+    def read(self: Any, path: str, start: int, end: int) -> bytes:
+        if next(errors) < failures:
+            raise error
+        return cat_file(self, path, start=start, end=end)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", read)
+    monkeypatch.setattr(patience, "TOTAL_SECONDS", 0.5)
+
+
+def test_reads_that_fail_for_a_while_succeed(requests: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsteady(monkeypatch, ConnectionResetError("reset"), failures=2)
+    assert fetch(URL, [ByteRange("a", 0, 10)]) == [CONTENT[:10]]
+
+
+def test_server_that_stays_away_is_storage_s_fault(requests: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsteady(monkeypatch, ConnectionResetError("reset"), failures=inf)
+    with pytest.raises(StoreError, match=r"memory://ranges cannot be read: ConnectionResetError: reset; try again"):
+        fetch(URL, [ByteRange("a", 0, 10)])
+
+
+def test_reads_that_are_not_allowed_are_refused_at_once(requests: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsteady(monkeypatch, PermissionError("denied"), failures=1)
+    with pytest.raises(CheckpointError, match=r"cannot reach memory://ranges: PermissionError: denied"):
+        fetch(URL, [ByteRange("a", 0, 10)])
 
 
 def test_list_files_gives_sizes_and_leaves_folders_out(tmp_path: Path) -> None:

@@ -94,3 +94,10 @@ def test_discarded_boundary_leaves_nothing(area):
     assert not folder.exists()
     assert Boundaries(area).available() == {0, 8}
     Boundaries(area).discard(4)  # again, as after a kill in the middle
+
+
+def test_cleared_boundaries_leave_nothing_not_even_of_those_that_were_never_completed(area):
+    save(area, 4)
+    Boundaries(area).save(8, 0, hidden(0))
+    Boundaries(area).clear()
+    assert area.store.list() == {}

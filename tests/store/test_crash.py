@@ -143,3 +143,5 @@ def test_real_s3_server_upload_that_was_abandoned_is_discarded_and_those_beside_
         )
     seaweed_store.discard_unfinished("area")
     assert [key for key in unfinished_uploads() if key.startswith(root)] == keys[2:]
+    seaweed_store.discard_unfinished()
+    assert [key for key in unfinished_uploads() if key.startswith(root)] == []

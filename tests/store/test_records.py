@@ -233,6 +233,16 @@ def test_garbage_is_what_no_record_names(store):
     assert area.records() == {"00017": second}
 
 
+def test_garbage_is_also_what_a_killed_writer_left_in_the_output(tmp_path):
+    area = RunArea(ObjectStore(str(tmp_path)), FINGERPRINT)
+    area.store.put("base/config.json", b"kept")
+    left = tmp_path / "base" / ".tmp-of-a-killed-writer"
+    left.write_bytes(b"half")
+    area.collect_garbage()
+    assert not left.exists()
+    assert area.store.get("base/config.json") == b"kept"
+
+
 @pytest.mark.parametrize("units", [None, "00017", [3], ["../x"]])
 def test_run_that_does_not_say_its_units_is_refused(area, units):
     area.begin({"units": units} if units else {})
