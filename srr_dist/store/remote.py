@@ -1,4 +1,4 @@
-"""Stores behind fsspec: S3 and whatever else writes whole objects and honours ``mode="create"``; and memory.
+"""Stores behind fsspec: S3, Google's, and whatever else writes whole objects and honours ``mode="create"``; and memory.
 
 ``fs.open(path, "wb")`` is not used: it publishes what was written so far when its body raises.
 """
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from aiohttp import ClientError
 from botocore import exceptions as aws
@@ -27,6 +27,8 @@ from srr_dist.store.backend import Backend
 DELETE_THREADS = 16
 S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 3}}
 """botocore's own few tries, which repeat a part of an upload instead of the whole; patience comes on top of them."""
+
+GCS_SCHEMES = {"gs", "gcs"}
 
 _EXISTS = {"PreconditionFailed", "412"}
 _GONE = {"NoSuchKey", "404"}
@@ -74,7 +76,8 @@ def open_remote(url: str, single_driver: bool) -> Backend:
         raise ValueError("credentials do not belong into a URL, which is logged and stored; use AWS_ACCESS_KEY_ID, …")
     if not parts.netloc:
         raise ValueError("it names no bucket or host")
-    return RemoteFolder(url, single_driver)
+    kind = GcsFolder if parts.scheme in GCS_SCHEMES else RemoteFolder
+    return kind(url, single_driver)
 
 
 class RemoteFolder:
@@ -198,6 +201,33 @@ class RemoteFolder:
         return f"{self._full(prefix)}/" if prefix else f"{self._root}/"
 
 
+class GcsFolder(RemoteFolder):
+    """Backend over Google Cloud Storage: versions are generations; gcsfs itself has the condition of ``create`` only.
+
+    Uploads that were cut off are no objects there, and the server forgets them after a week.
+    """
+
+    def read_versioned(self, path: str) -> tuple[bytes, str]:
+        if self.single_driver:
+            return super().read_versioned(path)
+        version = self.filesystem.info(self._full(path))["generation"]  # first, as with S3
+        return self.read(path), str(version)
+
+    def replace(self, path: str, data: bytes, expected: str) -> bool:
+        if self.single_driver:
+            return super().replace(path, data, expected)
+        bucket, _, name = self._full(path).partition("/")
+        url = f"{self.filesystem.base.removesuffix('storage/v1/')}upload/storage/v1/b/{quote(bucket)}/o"
+        condition = {"uploadType": "media", "name": name, "ifGenerationMatch": expected}
+        try:
+            self.filesystem.call(
+                "POST", url, data=data, headers={"Content-Type": "application/octet-stream"}, **condition
+            )
+        except FileExistsError:  # what gcsfs makes of "precondition failed"
+            return False
+        return True
+
+
 class MemoryFolder(RemoteFolder):
     """Backend over ``memory://``, objects of this process: for tests and trials."""
 
@@ -223,7 +253,9 @@ class MemoryFolder(RemoteFolder):
 
 
 def _server_answer(error: Exception) -> tuple[str | None, int]:
-    """Error code and HTTP status in an S3 server's answer; the exception's own type differs from server to server."""
+    """Error code and HTTP status in a server's answer; the exception's own type differs from server to server."""
+    if isinstance(status := getattr(error, "code", None), int):  # gcsfs
+        return str(status), status
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if not isinstance(response, dict):
         return None, 0

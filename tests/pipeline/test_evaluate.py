@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from srr_dist import evaluate, verify
+from srr_dist import evaluate as verb
+from srr_dist import verify
 from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import evaluation_tokens
 from srr_dist.export import add_evaluation
@@ -59,13 +60,13 @@ def evaluated(job: Job, finished: Path, tmp_path_factory: pytest.TempPathFactory
     """Evaluated by one worker, then by two; not to be changed."""
     folder = tmp_path_factory.mktemp("evaluated")
     output = Path(shutil.copytree(finished, folder / "out"))
-    first = run("evaluate", *options(job, output, no_record=True))
-    assert first.code == 0, first.err
+    assert verb.main(options(job, output, no_record=True, json=folder / "unrecorded.json")) == 0
+    unrecorded = json.loads((folder / "unrecorded.json").read_text())
     report = json.loads((output / "report.json").read_text())
     second = run("evaluate", *options(job, output, workers=2, blocks_per_stage=2, json=folder / "figures.json"))
     assert second.code == 0, second.err
     written = json.loads((folder / "figures.json").read_text())
-    return Evaluated(output, json.loads(first.out), report, json.loads(second.out), written)
+    return Evaluated(output, unrecorded, report, json.loads(second.out), written)
 
 
 def reference(job: Job, output: Path) -> dict[str, float]:
@@ -123,7 +124,7 @@ def test_second_evaluation_on_the_same_text_replaces_the_first(evaluated, tmp_pa
 
 def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     """The one line that bad input gets."""
-    assert evaluate.main(arguments) == 2
+    assert verb.main(arguments) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
     (line,) = (line for line in captured.err.splitlines() if line.startswith("srr-dist: "))

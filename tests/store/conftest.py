@@ -8,6 +8,8 @@ import pytest
 import s3fs
 
 from srr_dist.store import ObjectStore
+from tests.gcs import GcsServer
+from tests.gcs import environment as gcs_environment
 from tests.s3 import MotoServer, SeaweedServer, environment
 
 
@@ -41,6 +43,20 @@ def seaweed_store(seaweed: SeaweedServer) -> ObjectStore:
     return ObjectStore(f"s3://bucket/{uuid.uuid4().hex}")
 
 
+@pytest.fixture(scope="package")
+def _gcs() -> Iterator[GcsServer]:
+    server = GcsServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def gcs_store(_gcs: GcsServer, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    for name, value in gcs_environment(_gcs.url).items():
+        monkeypatch.setenv(name, value)
+    return ObjectStore(f"gs://bucket/{uuid.uuid4().hex}")
+
+
 @pytest.fixture
 def local_store(tmp_path: Path) -> ObjectStore:
     return ObjectStore(str(tmp_path / "store"))
@@ -51,13 +67,13 @@ def memory_store() -> ObjectStore:
     return ObjectStore(f"memory://{uuid.uuid4().hex}")
 
 
-@pytest.fixture(params=["local", "memory", "s3", "seaweed"])
+@pytest.fixture(params=["local", "memory", "s3", "seaweed", "gcs"])
 def store(request: pytest.FixtureRequest) -> ObjectStore:
     """Each kind of store."""
     return request.getfixturevalue(f"{request.param}_store")
 
 
-@pytest.fixture(params=["local", "s3", "seaweed"])
+@pytest.fixture(params=["local", "s3", "seaweed", "gcs"])
 def shared_store(request: pytest.FixtureRequest) -> ObjectStore:
     """Each kind of store that several processes can use."""
     return request.getfixturevalue(f"{request.param}_store")

@@ -1,0 +1,83 @@
+"""Memory that runs out while a worker reads, calibrates or solves: fewer blocks at once, then alone, then set aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from srr_dist import quantize as verb
+from srr_dist.pipeline import driver
+from srr_dist.pipeline.stage import Stage
+from srr_dist.store import BlockRecord, ObjectStore, RunArea
+from srr_dist.store.events import read_events
+from srr_dist.store.failures import read_failures
+from tests.conftest import Job
+
+pytestmark = pytest.mark.slow
+
+CROWDED, TOO_LARGE = 2, 5
+"""A block for which memory suffices if the stage holds no other; one for which it never does."""
+
+
+def small_stage(doing: str) -> type[Stage]:
+    """A stage whose memory runs out at these two blocks, in one of its three kinds of work."""
+
+    class SmallStage(Stage):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            run_block = self.decoder.run_block
+
+            def run_short_block(index: int, hidden: Tensor) -> Tensor:
+                self._allocate("calibrating", index)
+                return run_block(index, hidden)
+
+            self.decoder.run_block = run_short_block  # type: ignore[method-assign]
+
+        def _hold(self, block: Any, *, collect: bool) -> None:
+            self._allocate("reading", block.index)
+            super()._hold(block, collect=collect)
+
+        def _solve(self, held: Any, unit: str, generation: int) -> dict[str, Any]:
+            self._allocate("solving", held.block.index)
+            return super()._solve(held, unit, generation)
+
+        def _allocate(self, what: str, index: int) -> None:
+            crowded = index == CROWDED and len(self._plan().blocks) > 1
+            if what == doing and (crowded or index == TOO_LARGE):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    return SmallStage
+
+
+def area_of(output: Path) -> RunArea:
+    store = ObjectStore(str(output))
+    (fingerprint,) = RunArea.find(store)
+    return RunArea(store, fingerprint)
+
+
+def contents(record: BlockRecord) -> dict[str, str]:
+    return {name: entry.sha256 for name, entry in record.files.items()}
+
+
+@pytest.mark.parametrize("doing", ["reading", "calibrating", "solving"])
+def test_memory_that_runs_out_makes_stages_smaller_and_sets_aside_only_what_fits_nowhere(
+    job: Job, finished, tmp_path, monkeypatch, capfd, doing
+):
+    output = tmp_path / "out"
+    monkeypatch.setattr(driver, "Stage", small_stage(doing))
+    assert verb.main(job.flags(output, workers=1, blocks_per_stage=4)) == 3
+    (complaint,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("srr-dist: ")]
+    assert "unit 00005: OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB" in complaint
+    area = area_of(output)
+    events = read_events(area, parts=10**6)
+    assert [event["blocks_per_stage"] for event in events if event["event"] == "smaller"] == [2, 1]
+    attempts = read_failures(area)
+    assert {(attempt.unit, attempt.kind, attempt.doing) for attempt in attempts} == {("00005", "memory", doing)}
+    assert not area.store.exists("COMMIT")
+    committed, undisturbed = area.records(), area_of(finished).records()
+    assert committed.keys() == undisturbed.keys() - {"00005"}
+    assert all(contents(record) == contents(undisturbed[unit]) for unit, record in committed.items())
