@@ -116,3 +116,16 @@ def seaweed(_seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> Seaweed
     for name, value in environment(_seaweed.url).items():
         monkeypatch.setenv(name, value)
     return _seaweed
+
+
+@pytest.fixture
+def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SeaweedServer]:
+    """A real S3 server that a test may stop."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    server = SeaweedServer(folder)
+    server.start()
+    for name, value in environment(server.url).items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.kill()

@@ -38,6 +38,7 @@ _TRANSIENT_CODES = {
     "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
     "TooManyRequests", "429", "500", "502", "503", "504",
 }  # fmt: skip
+_FINAL_STATUSES = {501, 507}  # what the server cannot do, and what it has no room for
 _TRANSIENT_ERRORS = (
     ConnectionError, TimeoutError, aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError,
     aws.ResponseStreamingError, ResponseParserError, ClientError,
@@ -62,7 +63,7 @@ def is_transient(error: Exception) -> bool:
     code, status = _server_answer(error)
     if code is None:
         return isinstance(error, _TRANSIENT_ERRORS)
-    return code in _TRANSIENT_CODES or (status >= 500 and status != 501)
+    return code in _TRANSIENT_CODES or (status >= 500 and status not in _FINAL_STATUSES)
 
 
 def open_remote(url: str, single_driver: bool) -> Backend:

@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.slow
 UNITS = [f"{block:05d}" for block in range(6)] + ["rest"]
 RECORD = re.compile(r"/blocks/(?P<unit>[0-9]{5}|rest)\.json$")
 UPLOAD = re.compile(r"/blocks/(?P<unit>[0-9]{5}|rest)/[0-9a-f]{32}/base\.safetensors$")
+STORE_BYTES = 100 * 10**6
 QUICK_DEATH = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",
@@ -44,6 +46,7 @@ QUICK_DEATH = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
 
 
@@ -92,8 +95,12 @@ class Site:
         """Worker processes of this cluster that hold a stage."""
         return [process for node in self.cluster.worker_nodes for process in stages_of(raylet(node))]
 
-    def watch(self, before: Callable[[str, dict[str, Any]], bool] = lambda path, environ: False) -> None:
-        """Call ``before`` with each object that is about to be written; where it answers True, nothing is written."""
+    def watch(
+        self,
+        before: Callable[[str, dict[str, Any]], bool] = lambda path, environ: False,
+        refusal: tuple[str, str] = ("400 Bad Request", "Late"),
+    ) -> None:
+        """Call ``before`` with each object that is about to be written; where it answers True, it is refused."""
         committed: set[str] = set()
         self.redone.clear()
 
@@ -101,7 +108,7 @@ class Site:
             path = environ["PATH_INFO"]
             if environ["REQUEST_METHOD"] in ("PUT", "POST"):
                 if before(path, environ):
-                    return self.server.refuse("400 Bad Request", "Late", environ, begin)
+                    return self.server.refuse(*refusal, environ, begin)
                 if (match := UPLOAD.search(path)) and match["unit"] in committed:
                     self.redone.append(match["unit"])
                 if match := RECORD.search(path):
@@ -152,23 +159,27 @@ def command(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.fixture(scope="module")
-def site(six_blocks: Path, text: Path) -> Iterator[Site]:
+def start_cluster(workers: int) -> Any:
+    """A head without CPUs and this many nodes of one."""
     from ray.cluster_utils import Cluster
 
+    head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(workers):
+        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def site(six_blocks: Path, text: Path) -> Iterator[Site]:
     server = MotoServer()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (QUICK_DEATH | environment(server.url)).items():
             patch.setenv(name, value)
         ObjectStore("s3://bucket")._backend.filesystem.mkdir("bucket")
-        memory = {"object_store_memory": 100 * 10**6}
-        cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, **memory}
-        )
-        for _ in range(3):
-            cluster.add_node(num_cpus=1, **memory)
-        yield Site(cluster, server, six_blocks, text)
-        cluster.shutdown()
+        site = Site(start_cluster(3), server, six_blocks, text)
+        yield site
+        site.cluster.shutdown()
     server.stop()
 
 
@@ -312,11 +323,11 @@ def test_run_goes_on_with_fewer_workers_when_a_node_dies(site, undisturbed):
     assert site.redone == []
     assert site.manifest("node") == undisturbed
     site.cluster.remove_node(lost, allow_graceful=False)
-    site.cluster.add_node(num_cpus=1, object_store_memory=100 * 10**6)
+    site.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
 
 def test_worker_that_comes_back_after_it_was_replaced_changes_nothing(site, undisturbed):
-    """Its node stops with it, so that nobody can end it; it goes on when another has done its block. Comes last."""
+    """Its node stops with it, so that nobody can end it; it goes on when another has done its block."""
     stopped: list[psutil.Process] = []
 
     def freeze(path: str, environ: dict[str, Any]) -> bool:
@@ -342,3 +353,39 @@ def test_worker_that_comes_back_after_it_was_replaced_changes_nothing(site, undi
     assert ended.code == 0, ended.err
     assert site.area("zombie").records()["00000"] == first
     assert site.manifest("zombie") == undisturbed
+
+
+def test_storage_without_room_ends_the_run_and_the_same_command_goes_on_when_there_is_some(site, undisturbed, capfd):
+    full = threading.Event()
+
+    def fill(path: str, environ: dict[str, Any]) -> bool:
+        if "/blocks/00002/" in path:
+            full.set()
+        return full.is_set()
+
+    site.watch(fill, refusal=("507 Insufficient Storage", "XMinioStorageFull"))
+    assert verb.main(site.flags("full")) == 1
+    assert "refused by the test" in complaint(capfd)
+    site.watch()
+    assert verb.main(site.flags("full")) == 0
+    assert site.redone == []
+    assert site.manifest("full") == undisturbed
+
+
+def test_run_whose_whole_cluster_is_gone_goes_on_on_another(site, undisturbed):
+    """Everything is killed, as ``ray stop --force`` does on every node. Comes last, for that reason."""
+    site.watch()
+    process = start("quantize", *site.flags("moved"))
+    wait_until(lambda: site.events("moved", "committed"), process)
+    nodes = [*site.cluster.worker_nodes, site.cluster.head_node]
+    services = [each.process for node in nodes for kind in node.all_processes.values() for each in kind]
+    for each in [child for node in nodes for child in children(raylet(node))] + services:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    assert end(process).code not in (0, None)
+    assert not ObjectStore("s3://bucket/moved").exists("COMMIT")
+    site.cluster.shutdown()
+    site.cluster = start_cluster(1)
+    assert verb.main(site.flags("moved", workers=1, blocks_per_stage=3)) == 0
+    assert site.redone == []
+    assert site.manifest("moved") == undisturbed

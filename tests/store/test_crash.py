@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 import s3fs
 
+from srr_dist.errors import StoreError
 from srr_dist.store import ObjectStore
-from srr_dist.store.local import CHUNK_BYTES
+from srr_dist.store.local import CHUNK_BYTES, LOCK_PREFIX
 from srr_dist.store.paths import TEMPORARY_PREFIX
 
 DEADLINE_SECONDS = 60
@@ -70,6 +72,34 @@ def test_local_upload_killed_halfway_leaves_no_object_and_can_be_repeated(local_
     local_store.discard_unfinished("blocks")
     assert [file.name for file in temporary_files(local_store)] == [".tmp-lock-a"]
     assert local_store.list() == {"blocks/a": 7}
+
+
+def write_beyond_the_limit(store: ObjectStore, file: Path) -> None:
+    """Try every kind of write where files may not grow beyond a megabyte, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    large = bytes(LARGE)
+    operations = {
+        "put": lambda: store.put("old", large),
+        "create": lambda: store.create("created", large),
+        "replace": lambda: store.replace("old", b"old", large),
+        "upload": lambda: store.upload(file, "uploaded"),
+    }
+    for name, operation in operations.items():
+        with pytest.raises(StoreError, match=r"cannot be (written|created|replaced)"):
+            operation()
+            pytest.fail(f"{name} wrote {LARGE} bytes")
+
+
+def test_local_write_that_the_disk_has_no_room_for_leaves_what_was_there(local_store, tmp_path):
+    local_store.put("old", b"old")
+    file = tmp_path / "large"
+    file.write_bytes(bytes(LARGE))
+    process = start(write_beyond_the_limit, local_store, file)
+    process.join(DEADLINE_SECONDS)
+    assert process.exitcode == 0
+    assert local_store.list() == {"old": 3}
+    assert local_store.get("old") == b"old"
+    assert [path.name for path in temporary_files(local_store) if LOCK_PREFIX not in path.name] == []
 
 
 def write_forever(store: ObjectStore) -> None:

@@ -1,7 +1,7 @@
 """A server that is away for a moment is waited for, and one that says no is not."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import count
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 from srr_dist.errors import StoreError
 from srr_dist.store import ObjectStore, patience
 from srr_dist.store.patience import patiently
-from tests.s3 import MotoServer, SeaweedServer, environment
+from tests.s3 import MotoServer, SeaweedServer
 
 DEADLINE_SECONDS = 60
 TRANSIENT = [("503 Slow Down", "SlowDown"), ("500 Internal Server Error", "InternalError"), ("502 Bad Gateway", "502")]
@@ -21,6 +21,7 @@ FINAL = [
     ("404 Not Found", "NoSuchBucket", "not found"),
     ("400 Bad Request", "InvalidRequest", "Bad Request|refused by the test"),
     ("501 Not Implemented", "NotImplemented", "Not Implemented|refused by the test"),
+    ("507 Insufficient Storage", "XMinioStorageFull", "Insufficient Storage|refused by the test"),
 ]
 
 
@@ -124,19 +125,6 @@ def test_patience_ends_after_its_total_time(monkeypatch, total):
     assert sum(slept) <= total
     assert bool(slept) == (total > 0.1)
     assert slept == sorted(slept)
-
-
-@pytest.fixture
-def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SeaweedServer]:
-    """A real S3 server that a test may stop."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    server = SeaweedServer(folder)
-    server.start()
-    for name, value in environment(server.url).items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.kill()
 
 
 def test_real_server_killed_and_started_again_is_waited_for(own_server: SeaweedServer, file: Path, caplog):
