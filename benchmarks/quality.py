@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from srr_dist.checkpoint.graph import Block, build_graph
 from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
 from srr_dist.pipeline.comparison import Comparison, compare
-from srr_dist.solve import LayerSolution, Metric, SolveOptions, make_grid, solve_layer
+from srr_dist.solve import LayerSolution, Metric, Quantizer, SolveOptions, make_grid, solve_layer
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,47 @@ class Recipe:
     """One row of the table."""
 
     name: str
-    scaling: str
     options: SolveOptions
+    scaling: str = "exact"
+    shrinkage: float = 0.0
 
 
 def recipes(bits: int, grid: str, group_size: int, rank: int) -> list[Recipe]:
-    """The ladder from weights only to SRR with k by search, at one bit width."""
+    """The ladder from weights only to the best that is known, at one bit width."""
     base = make_grid(grid, bits, group_size)
+
+    def recipe(name: str, method: str, *, scaling: str = "exact", shrinkage: float = 0.0, **choices: Any) -> Recipe:
+        quantizer = Quantizer(base, choices.pop("scales", "absmax"), choices.pop("rounding", "nearest"))
+        options = SolveOptions(method, quantizer, 0 if method == "none" else rank, **choices)
+        return Recipe(f"{grid}{bits} {name}", options, scaling, shrinkage)
+
+    searched: dict[str, Any] = {"scales": "search", "shrinkage": 0.1}
     return [
-        Recipe(f"{grid}{bits} weights only", "exact", SolveOptions("none", base, 0)),
-        Recipe(f"{grid}{bits} LQER", "lqer", SolveOptions("qer", base, rank)),
-        Recipe(f"{grid}{bits} QER-exact", "exact", SolveOptions("qer", base, rank)),
-        Recipe(
-            f"{grid}{bits} SRR criterion, split form", "exact", SolveOptions("srr", base, rank, "criterion", "split")
+        recipe("weights only", "none"),
+        recipe("LQER", "qer", scaling="lqer"),
+        recipe("QER-exact", "qer"),
+        recipe("SRR criterion, split form", "srr", split="criterion", form="split"),
+        recipe("SRR criterion", "srr", split="criterion"),
+        recipe("SRR search", "srr"),
+        recipe("weights only, searched scales", "none", scales="search"),
+        recipe("weights only, searched scales, GPTQ", "none", scales="search", rounding="gptq"),
+        recipe("QER-exact, searched scales", "qer", scales="search"),
+        recipe("SRR search, searched scales", "srr", scales="search"),
+        recipe("SRR search, shrinkage", "srr", shrinkage=0.1),
+        recipe("SRR search, searched scales, shrinkage", "srr", **searched),
+        recipe("SRR search, searched scales, shrinkage, 3 iterations", "srr", **searched, iterations=3),
+        recipe("QER-exact, searched scales, shrinkage, GPTQ", "qer", **searched, rounding="gptq"),
+        recipe(
+            "SRR criterion, searched scales, shrinkage, GPTQ", "srr", **searched, rounding="gptq", split="criterion"
         ),
-        Recipe(f"{grid}{bits} SRR criterion", "exact", SolveOptions("srr", base, rank, "criterion")),
-        Recipe(f"{grid}{bits} SRR search", "exact", SolveOptions("srr", base, rank, "search")),
+        recipe(
+            "SRR criterion, searched scales, shrinkage, GPTQ, 3 iterations",
+            "srr",
+            **searched,
+            rounding="gptq",
+            split="criterion",
+            iterations=3,
+        ),
     ]
 
 
@@ -64,13 +90,14 @@ class Row:
         self.scores: list[Comparison] = []
 
     def solve(
-        self, block: Block, weights: dict[str, Tensor], metrics: dict[tuple[str, str], Metric]
+        self, block: Block, weights: dict[str, Tensor], metrics: dict[tuple[str, str, float], Metric]
     ) -> dict[str, LayerSolution]:
-        solutions = {}
+        solutions, recipe = {}, self.recipe
         for linear in block.linears:
             W = weights[f"{linear.name}.weight"]
             started = time.perf_counter()
-            solution = solve_layer(W, metrics[linear.input, self.recipe.scaling], linear.name, self.recipe.options)
+            metric = metrics[linear.input, recipe.scaling, recipe.shrinkage]
+            solution = solve_layer(W, metric, linear.name, recipe.options)
             self.seconds += time.perf_counter() - started
             self.stored += solution.result["bits_per_weight"] * W.numel()
             self.weights += W.numel()
@@ -91,9 +118,13 @@ class Row:
 
 
 def calibrate(
-    decoder: Decoder, block: Block, hidden: list[Tensor], scalings: set[str]
-) -> tuple[list[Tensor], dict[tuple[str, str], Metric]]:
-    """Pass the calibration sequences through a block; its outputs, and a metric per shared input and scaling."""
+    decoder: Decoder, block: Block, hidden: list[Tensor], kinds: set[tuple[str, float]]
+) -> tuple[list[Tensor], dict[tuple[str, str, float], Metric]]:
+    """Pass the calibration sequences through a block; its outputs, and a metric per shared input and kind.
+
+    A kind is a scaling and a shrinkage.
+    """
+    scalings = {scaling for scaling, _ in kinds}
     inputs = {linear.input: linear.in_features for linear in block.linears}
     moments = {(name, scaling): InputMoment(width, scaling) for name, width in inputs.items() for scaling in scalings}
     modules = decoder.linear_modules(block.index)
@@ -108,7 +139,11 @@ def calibrate(
     out = [decoder.run_block(block.index, h) for h in hidden]
     for handle in handles:
         handle.remove()
-    return out, {key: Metric.of(moment.value()) for key, moment in moments.items()}
+    return out, {
+        (name, scaling, shrinkage): Metric.of(moments[name, scaling].value(), shrinkage)
+        for name in inputs
+        for scaling, shrinkage in kinds
+    }
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
@@ -137,18 +172,19 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         for recipe in recipes(bits, arguments.grid, arguments.group_size, arguments.rank)
         if any(word in recipe.name for word in arguments.only)
     ]
-    scalings = {row.recipe.scaling for row in rows}
+    kinds = {(row.recipe.scaling, row.recipe.shrinkage) for row in rows}
     for block in graph.blocks:
         started = time.perf_counter()
         weights = checkpoint.read(block.tensors)
         decoder.load_block(block.index, weights)
-        hidden, metrics = calibrate(decoder, block, hidden, scalings)
+        hidden, metrics = calibrate(decoder, block, hidden, kinds)
         original = [decoder.run_block(block.index, h) for h in original]
         decoder.drop_block(block.index)
         for row in rows:
             solutions = row.solve(block, weights, metrics)
             quantized = {
-                f"{name}.weight": row.recipe.options.grid.dequantize(s.codes, s.scale) for name, s in solutions.items()
+                f"{name}.weight": row.recipe.options.quantizer.grid.dequantize(s.codes, s.scale)
+                for name, s in solutions.items()
             }
             module = other.load_block(block.index, weights | quantized)
             factors = {name: (s.L, s.R) for name, s in solutions.items() if s.L.shape[1]}

@@ -28,7 +28,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from srr_dist.solve import Grid, LayerSolution, Metric, SolveOptions, make_grid, solve_layer
+from srr_dist.solve import Grid, LayerSolution, Metric, Quantizer, SolveOptions, make_grid, solve_layer
 from srr_dist.solve.lowrank import block_size, leading_subspace, start_directions
 
 SHAPES = ((576, 576), (576, 1536), (1536, 576), (4096, 4096))
@@ -112,7 +112,8 @@ def timed(function: Callable[[], T], repeats: int) -> tuple[T, dict[str, float]]
 def compare(name: str, W: Tensor, H: Tensor, grid: Grid, repeats: int) -> dict[str, Any]:
     """One row: both ways on one layer."""
     Q = grid.dequantize(*grid.quantize(W))
-    solve_layer(W, Metric.of(H), name, SolveOptions("qer", grid, RANK))  # first calls pay for threads and memory
+    quantizer = Quantizer(grid)
+    solve_layer(W, Metric.of(H), name, SolveOptions("qer", quantizer, RANK))  # first calls pay for threads and memory
     (L, R), time_published = timed(partial(published, W, H, Q, RANK), repeats)
     reference = objective((W - Q).double() - L @ R, H)
     row: dict[str, Any] = {
@@ -128,7 +129,8 @@ def compare(name: str, W: Tensor, H: Tensor, grid: Grid, repeats: int) -> dict[s
     (L, R), time_ours = timed(partial(low_rank, W - Q, H, RANK), repeats)
     note(LOW_RANK, time_ours, objective((W - Q).double() - L.double() @ R.double(), H), 0)
     for label, (method, split) in OURS.items():
-        solution, time_ours = timed(partial(ours, W, H, name, SolveOptions(method, grid, RANK, split)), repeats)
+        options = SolveOptions(method, quantizer, RANK, split)
+        solution, time_ours = timed(partial(ours, W, H, name, options), repeats)
         note(label, time_ours, solution.result["objective"]["chosen"], solution.result["k"])
     return row
 

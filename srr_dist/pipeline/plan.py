@@ -48,8 +48,10 @@ class Plan:
             f"fingerprint    {run.fingerprint}",
             f"blocks         {len(run.graph.blocks)}, with {len(run.quantized)} linear layers to quantize"
             + (f" and {len(run.unquantized)} left as they are" if run.unquantized else ""),
-            f"method         {config.method}, {config.grid} {config.bits} bits, group {config.group_size}, "
-            f"rank {config.rank}, split {config.split}, {config.form} form, {config.scaling} scaling",
+            f"quantizer      {config.grid} {config.bits} bits, group {config.group_size}, {config.scales} scales, "
+            f"{config.rounding} rounding",
+            f"method         {config.method}, rank {config.rank}, split {config.split}, {config.form} form, "
+            f"{config.iterations} iterations, {config.scaling} scaling, shrinkage {config.shrinkage:g}",
             f"calibration    {samples[0]} sequences of {samples[1]} tokens, forward passes in {dtype_name(run.dtype)}",
             f"workers        {self.cluster.workers} × ({self.cluster.cpus} CPU, {self.cluster.gpus} GPU)",
             f"windows        {len(self.windows)}, up to {holding.blocks} blocks per stage, "

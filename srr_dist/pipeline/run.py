@@ -17,7 +17,7 @@ from srr_dist.checkpoint.source import Checkpoint
 from srr_dist.checkpoint.tensors import DTYPES, TensorEntry
 from srr_dist.config import QuantizeConfig
 from srr_dist.errors import ConfigError
-from srr_dist.solve import Grid, SolveOptions, make_grid
+from srr_dist.solve import Grid, Quantizer, SolveOptions, make_grid
 from srr_dist.store.records import REST
 
 
@@ -70,7 +70,10 @@ class Run:
     def solve_options(self) -> SolveOptions:
         """The solver's part of the configuration."""
         config = self.config
-        return SolveOptions(config.method, self.grid, config.rank, config.split, config.form, config.seed)
+        quantizer = Quantizer(self.grid, config.scales, config.rounding)
+        return SolveOptions(
+            config.method, quantizer, config.rank, config.split, config.form, config.iterations, config.seed
+        )
 
     def document(self) -> dict[str, Any]:
         """What run.json holds: the fingerprinted fields, and what ``status`` and the report show beside them."""

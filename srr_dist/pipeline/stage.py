@@ -272,7 +272,7 @@ class Stage(Pulse):
                 f"{self.run.config.max_bad_rows}; check the model and --dtype {self.run.config.dtype}, or raise "
                 "--max-bad-rows"
             )
-        return Metric.of(moment.value().to(self.device))
+        return Metric.of(moment.value().to(self.device), self.run.config.shrinkage)
 
     def _layer_record(
         self, result: dict[str, Any], linear: Linear, block: Block, moment: InputMoment | None

@@ -1,4 +1,4 @@
-"""The solver, in pure torch: grids, low rank in a metric, the choice of k, and one layer put together.
+"""The solver, in pure torch: grids, rounding, low rank in a metric, the choice of k, and one layer put together.
 
 Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m, n]`` (m = out, n = in).
 ``H = E[x xᵀ]: [n, n]`` is the input moment, ``S`` any factor with ``S Sᵀ = H``. ``Q`` is the quantized weight,
@@ -9,5 +9,16 @@ Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m,
 from srr_dist.solve.grids import Grid, IntGrid, MXIntGrid, make_grid
 from srr_dist.solve.layer import LayerSolution, SolveOptions, solve_layer
 from srr_dist.solve.metric import Metric
+from srr_dist.solve.quantizer import Quantizer
 
-__all__ = ["Grid", "IntGrid", "LayerSolution", "MXIntGrid", "Metric", "SolveOptions", "make_grid", "solve_layer"]
+__all__ = [
+    "Grid",
+    "IntGrid",
+    "LayerSolution",
+    "MXIntGrid",
+    "Metric",
+    "Quantizer",
+    "SolveOptions",
+    "make_grid",
+    "solve_layer",
+]

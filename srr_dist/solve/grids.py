@@ -36,6 +36,8 @@ class Grid(ABC):
     bits: int
     group_size: int
     name: ClassVar[str]
+    trials: ClassVar[tuple[float, ...]]
+    """Multiples of a group's scale that are worth trying in its place."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -60,23 +62,31 @@ class Grid(ABC):
         """Stored bits per weight: the codes and their bfloat16 scales."""
         return self.bits + 16 / (in_features if self.group_size == PER_CHANNEL else self.group_size)
 
+    def scale(self, W: Tensor) -> Tensor:
+        """The scales that reach the largest magnitude of each group: bfloat16 ``[..., m, groups]``."""
+        return self._scale(self.grouped(W).abs().amax(-1)).bfloat16()
+
+    def encode(self, W: Tensor, scale: Tensor) -> Tensor:
+        """Codes of the nearest points under given scales: int8, of W's shape."""
+        low, high = self.code_range
+        codes = torch.round(self.grouped(W) / scale.float().unsqueeze(-1)).clamp_(low, high)
+        return codes.to(torch.int8).reshape(W.shape)
+
     def quantize(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Round ``W: [..., m, n]`` (float32) to the nearest point of the grid.
 
         Returns:
             codes: int8 ``[..., m, n]``; scale: bfloat16 ``[..., m, groups]``.
         """
-        groups = self._grouped(W)
-        scale = self._scale(groups.abs().amax(-1)).bfloat16()
-        low, high = self.code_range
-        codes = torch.round(groups / scale.float().unsqueeze(-1)).clamp_(low, high)
-        return codes.to(torch.int8).reshape(W.shape), scale
+        scale = self.scale(W)
+        return self.encode(W, scale), scale
 
     def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
         """``Q: [..., m, n]`` in float32, exactly as readers of the checkpoint will hold it."""
         return dequantize(codes, scale, torch.bfloat16).float()
 
-    def _grouped(self, W: Tensor) -> Tensor:
+    def grouped(self, W: Tensor) -> Tensor:
+        """W by groups, ``[..., m, groups, group_size]``; ConfigError if its rows are no whole number of them."""
         n = W.shape[-1]
         if not self.fits(n):
             raise ConfigError(
@@ -104,6 +114,7 @@ class MXIntGrid(Grid):
     """
 
     name: ClassVar[str] = "mxint"
+    trials: ClassVar[tuple[float, ...]] = (0.5, 2.0)
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -128,6 +139,7 @@ class IntGrid(Grid):
     """
 
     name: ClassVar[str] = "int"
+    trials: ClassVar[tuple[float, ...]] = tuple(1.0 - step / 32 for step in range(1, 19))
 
     @property
     def code_range(self) -> tuple[int, int]:

@@ -1,21 +1,21 @@
 """One layer: weight and metric in, codes, scales and adapter out.
 
-``solve_layer`` reads as the method does: preserve, quantize the residual, reconstruct, choose k, round the factors to
-bfloat16 and measure with what will be stored.
+``solve_layer`` reads as the method does: preserve, quantize the residual, reconstruct, choose k, alternate, round the
+factors to bfloat16 and measure with what will be stored.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from srr_dist.solve.grids import Grid
 from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, refit, start_directions
 from srr_dist.solve.metric import Metric
+from srr_dist.solve.quantizer import Quantizer
 from srr_dist.solve.split import (
     coarse_candidates,
     criterion_split,
@@ -32,18 +32,20 @@ class SolveOptions:
 
     Attributes:
         method: ``srr``, ``qer`` (k = 0) or ``none`` (no adapter).
-        grid: the base quantizer.
+        quantizer: grid, scales and rounding.
         rank: r, cut to min(m, n) of a layer.
         split: ``search``, ``criterion``, ``energy`` or ``fixed:K``.
         form: ``joint`` (best rank-r approximation of W − Q) or ``split`` (P_k plus the best rank r − k of the rest).
+        iterations: how often ``W − L R`` is quantized and W − Q approximated again, the best of all kept.
         seed: the run's seed.
     """
 
     method: str
-    grid: Grid
+    quantizer: Quantizer
     rank: int
     split: str = "search"
     form: str = "joint"
+    iterations: int = 0
     seed: int = 0
 
 
@@ -58,7 +60,8 @@ class LayerSolution:
         singular_values: float32 ``[r]``, of ``L R S``.
         result: the layer's record, JSON values only: name, shape, rank, k, k_criterion, objective (``k0``,
             ``criterion``, ``chosen`` before and ``stored`` after the factors are rounded; ``tr(Δ H Δᵀ)``), energy
-            (``tr(W H Wᵀ)``), candidates (k -> objective), singular_values, seed, damping, bits_per_weight, seconds.
+            (``tr(W H Wᵀ)``), candidates (k -> objective), iteration (which one was kept, 0 for none), singular_values,
+            seed, damping, bits_per_weight, seconds.
     """
 
     codes: Tensor
@@ -83,6 +86,7 @@ class _Candidate:
     error: float
     """``‖W − Q‖²_H``, the error without an adapter."""
     objective: float
+    iteration: int = 0
 
 
 class _Problem:
@@ -105,17 +109,31 @@ class _Problem:
         """Preserve k directions, quantize the residual, reconstruct with the rank that the form leaves."""
         U_k, R_k = self.weight.U[:, :k], self.weight.R[:k]
         residual = self.W - U_k @ R_k  # W − P_k
-        grid = self.options.grid
-        codes, scale = grid.quantize(residual)
-        Q = grid.dequantize(codes, scale)
         if self.options.form == "joint":
-            found = self._subspace(self.W - Q, self.rank)
-            L, R, energies, error = found.U, found.R, found.energies, found.total
-        else:
-            found = self._subspace(residual - Q, self.rank - k)
-            L, R, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric)
-            error = self.metric.energy(self.W - Q)
-        return _Candidate(k, codes, scale, Q, L, R, energies, error, found.tail)
+            return self._reconstructed(residual, k)
+        codes, scale, Q = self._quantized(residual)
+        found = self._subspace(residual - Q, self.rank - k)
+        L, R, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric)
+        return _Candidate(k, codes, scale, Q, L, R, energies, self.metric.energy(self.W - Q), found.tail)
+
+    def alternated(self, start: _Candidate) -> _Candidate:
+        """Quantize what the adapter leaves, and approximate what the codes leave, in turn; the best is kept."""
+        best = current = start
+        for iteration in range(1, self.options.iterations + 1):
+            current = replace(self._reconstructed(self.W - current.L @ current.R, start.k), iteration=iteration)
+            if current.objective < best.objective:
+                best = current
+        return best
+
+    def _reconstructed(self, residual: Tensor, k: int) -> _Candidate:
+        """Quantize a residual, and give all ranks to the best approximation of ``W − Q``."""
+        codes, scale, Q = self._quantized(residual)
+        found = self._subspace(self.W - Q, self.rank)
+        return _Candidate(k, codes, scale, Q, found.U, found.R, found.energies, found.total, found.tail)
+
+    def _quantized(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, scale = self.options.quantizer.quantize(residual, self.metric)
+        return codes, scale, self.options.quantizer.grid.dequantize(codes, scale)
 
     def _subspace(self, E: Tensor, rank: int) -> Subspace:
         return leading_subspace(E, self.metric, rank, self.directions)
@@ -136,6 +154,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
     started = time.perf_counter()
     problem = _Problem(W.float(), metric, name, options)
     chosen, objectives, k_criterion = _choose(problem)
+    chosen = problem.alternated(chosen)
     L, R = _stored_factors(chosen)
     stored = metric.remainder(problem.W - chosen.Q, chosen.error, L.float(), R.float())
     sigma = (chosen.energies * metric.unit).sqrt().float()
@@ -155,10 +174,11 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
         },
         "energy": unit * problem.weight.total,
         "candidates": {str(k): unit * objectives[k] for k in sorted(objectives)},
+        "iteration": chosen.iteration,
         "singular_values": sigma.tolist(),
         "seed": problem.seed,
-        "damping": 0.0,  # nothing is inverted
-        "bits_per_weight": options.grid.bits_per_weight(n) + 16 * problem.rank * (m + n) / (m * n),
+        "damping": options.quantizer.damping(metric),
+        "bits_per_weight": options.quantizer.grid.bits_per_weight(n) + 16 * problem.rank * (m + n) / (m * n),
         "seconds": {"solve": time.perf_counter() - started},
     }
     return LayerSolution(chosen.codes, chosen.scale, L, R, sigma, result)

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from srr_dist.solve.rounding import Feedback, feedback_of
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,37 @@ class Metric:
     """Starting directions by their number, kept for all layers that share the input: ``lowrank.start_directions``."""
 
     @staticmethod
-    def of(moment: Tensor) -> Metric:
+    def of(moment: Tensor, shrinkage: float = 0.0) -> Metric:
         """The metric of a moment ``[n, n]`` or ``[n]`` (any float type). A moment of zeros gives the identity.
 
         An input that no calibration token reached (a dead expert) says nothing of which error matters, so that all
-        directions count alike, with unit 0.
+        directions count alike, with unit 0. ``shrinkage`` adds that share of the mean diagonal to the diagonal: errors
+        of earlier layers reach directions which the original inputs hardly touch.
         """
         diagonal = moment.diagonal() if moment.dim() == 2 else moment
         mean = float(diagonal.double().mean())
         if mean <= 0.0:
             return Metric(torch.ones(moment.shape[0], device=moment.device), 0.0)
         H = torch.empty(moment.shape, dtype=torch.float32, device=moment.device)
-        return Metric(torch.div(moment, mean, out=H), mean)
+        torch.div(moment, mean, out=H)
+        (H.diagonal() if H.dim() == 2 else H).add_(shrinkage)
+        return Metric(H, mean)
 
     @property
     def diagonal(self) -> bool:
         """Whether H is stored as its diagonal."""
         return self.H.dim() == 1
+
+    @property
+    def weights(self) -> Tensor:
+        """The diagonal of H, ``[n]``."""
+        return self.H if self.diagonal else self.H.diagonal()
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        """What rounding with error feedback takes from a full H; found once for all layers that share the input."""
+        with one_thread():
+            return feedback_of(self.H)
 
     def right(self, E: Tensor) -> Tensor:
         """``E H: [m, n]``."""

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srr_dist.errors import ConfigError
-from srr_dist.solve import IntGrid, Metric, MXIntGrid, SolveOptions, solve_layer
+from srr_dist.solve import IntGrid, Metric, MXIntGrid, Quantizer, SolveOptions, solve_layer
 from srr_dist.solve.split import coarse_candidates, layer_seed
 from tests.solve.problems import MOMENTS, best_objective, full, moment, normal, objective, weight, with_threads
 
 GRID = MXIntGrid(3, 16)
-OPTIONS = SolveOptions("srr", GRID, rank=16)
+OPTIONS = SolveOptions("srr", Quantizer(GRID), rank=16)
 NAME = "model.layers.3.mlp.up_proj"
 
 
@@ -54,7 +54,7 @@ def test_stored_objective_equals_the_one_of_codes_scale_and_factors(shape, kind,
 def test_qer_reaches_the_float64_optimum_before_and_nearly_after_rounding(shape, kind):
     W, H = weight(*shape), moment(kind, shape[1])
     rank = min(8, *shape)
-    result = solve(W, H, SolveOptions("qer", GRID, rank)).result
+    result = solve(W, H, SolveOptions("qer", Quantizer(GRID), rank)).result
     best, energy = best_objective(W - quantized(W), H, rank), objective(W, H)
     assert result["objective"]["chosen"] == pytest.approx(best, rel=1e-3, abs=1e-7 * energy)
     # Rounding R to 8 bits costs about 2^-18 of what the adapter carries.
@@ -79,8 +79,8 @@ def test_search_is_never_worse_than_any_k_it_tried(kind):
 def test_search_never_loses_to_plain_qer(m, groups, rank, bits):
     n, grid = 8 * groups, MXIntGrid(bits, 8)
     W, H = weight(m, n, seed=m), moment("decaying", n, seed=n)
-    searched = solve(W, H, SolveOptions("srr", grid, rank)).result
-    plain = solve(W, H, SolveOptions("qer", grid, rank)).result
+    searched = solve(W, H, SolveOptions("srr", Quantizer(grid), rank)).result
+    plain = solve(W, H, SolveOptions("qer", Quantizer(grid), rank)).result
     assert searched["objective"]["chosen"] <= plain["objective"]["chosen"] * (1 + 1e-12)
     assert searched["rank"] == min(rank, m, n)
 
@@ -144,8 +144,8 @@ def test_record_is_plain_json_with_its_fields():
     record = json.loads(json.dumps(solution.result, allow_nan=False))
     assert record == solution.result
     assert set(record) == {
-        "name", "shape", "rank", "k", "k_criterion", "objective", "energy", "candidates", "singular_values", "seed",
-        "damping", "bits_per_weight", "seconds",
+        "name", "shape", "rank", "k", "k_criterion", "objective", "energy", "candidates", "iteration",
+        "singular_values", "seed", "damping", "bits_per_weight", "seconds",
     }  # fmt: skip
     assert set(record["objective"]) == {"k0", "criterion", "chosen", "stored"}
     assert (record["name"], record["shape"], record["rank"]) == (NAME, [48, 64], 16)
@@ -161,10 +161,11 @@ def test_bfloat16_weight_equals_its_float32_copy():
 
 EFFECTS = {
     "method": "none",
-    "grid": IntGrid(3, 16),
+    "quantizer": Quantizer(IntGrid(3, 16)),
     "rank": 4,
     "split": "fixed:11",
     "form": "split",
+    "iterations": 2,
     "seed": 1,
 }
 
@@ -316,7 +317,7 @@ def test_rank_beyond_the_layer_leaves_rounding_alone(shape, form):
 def test_per_channel_groups_solve_any_width():
     grid = IntGrid(4, -1)
     W, H = weight(48, 61), moment("decaying", 61)
-    solution = solve(W, H, SolveOptions("srr", grid, 8))
+    solution = solve(W, H, SolveOptions("srr", Quantizer(grid), 8))
     assert solution.scale.shape == (48, 1)
     exact = objective(W.double() - stored_weight(solution, grid), H)
     assert solution.result["objective"]["stored"] == pytest.approx(exact, rel=1e-3)
@@ -325,3 +326,39 @@ def test_per_channel_groups_solve_any_width():
 def test_width_no_multiple_of_the_group_is_refused():
     with pytest.raises(ConfigError, match="group_size: 40 inputs"):
         solve(weight(8, 40), moment("white", 40))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("kind", ["decaying", "singular", "massive"])
+def test_iterations_never_lose_and_keep_the_best(kind, rounding):
+    W, H = weight(64, 96), moment(kind, 96)
+    base = replace(OPTIONS, quantizer=Quantizer(GRID, rounding=rounding), split="criterion")
+    results = [solve(W, H, replace(base, iterations=count)).result for count in range(4)]
+    chosen = [result["objective"]["chosen"] for result in results]
+    assert chosen == sorted(chosen, reverse=True)
+    assert [result["k"] for result in results] == [results[0]["k"]] * 4
+    for count, result in enumerate(results):
+        assert 0 <= result["iteration"] <= count
+        assert (result["iteration"] > 0) == (chosen[count] < chosen[0])
+    assert chosen[3] < chosen[0] or rounding == "gptq"  # which may find the best at once
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("scales", ["absmax", "search"])
+def test_stored_objective_is_exact_under_every_quantizer(scales, rounding):
+    grid = IntGrid(3, 16)
+    W, H = weight(48, 64), moment("decaying", 64)
+    options = replace(OPTIONS, quantizer=Quantizer(grid, scales, rounding), iterations=2)
+    solution = solve(W, H, options)
+    exact = objective(W.double() - stored_weight(solution, grid), H)
+    assert solution.result["objective"]["stored"] == pytest.approx(exact, rel=1e-3)
+    assert solution.result["damping"] == (0.01 if rounding == "gptq" else 0.0)
+
+
+def test_shrinkage_adds_its_share_of_the_mean_to_the_diagonal():
+    H = moment("decaying", 32)
+    plain, shrunk = Metric.of(H), Metric.of(H, 0.25)
+    assert torch.equal(shrunk.H, plain.H + 0.25 * torch.eye(32))
+    diagonal = moment("diagonal", 32)
+    assert torch.equal(Metric.of(diagonal, 0.25).H, Metric.of(diagonal).H + 0.25)
+    assert shrunk.unit == plain.unit

@@ -1,0 +1,81 @@
+"""From a matrix to codes and scales: how scales are chosen, and which points of the grid are taken.
+
+A grid says which values exist; two choices are left, and both may look at the metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srr_dist.solve.grids import Grid
+from srr_dist.solve.metric import Metric
+from srr_dist.solve.rounding import gptq
+
+_CHUNK = 2**18
+"""Entries that the search of scales works on at once: they stay in a core's cache."""
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What turns ``W: [m, n]`` (float32) into a point of a grid.
+
+    Attributes:
+        grid: the values there are.
+        scales: ``absmax`` (the grid's own) or ``search`` (least error, each input weighted by its moment).
+        rounding: ``nearest`` or ``gptq`` (each input's error is made up for by the inputs after it). Under a diagonal
+            moment errors of different inputs cannot make up for each other, and the two are the same.
+    """
+
+    grid: Grid
+    scales: str = "absmax"
+    rounding: str = "nearest"
+
+    def damping(self, metric: Metric) -> float:
+        """What was added to the moment's diagonal to factor it, in shares of its mean; 0 where nothing is factored."""
+        return metric.feedback.damping if self._feeds_back(metric) else 0.0
+
+    def quantize(self, W: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+        """Codes, int8 ``[m, n]``, and scales, bfloat16 ``[m, groups]``."""
+        scale = self.grid.scale(W) if self.scales == "absmax" else search_scales(W, self.grid, metric.weights)
+        if self._feeds_back(metric):
+            return gptq(W, scale, self.grid, metric.feedback), scale
+        return self.grid.encode(W, scale), scale
+
+    def _feeds_back(self, metric: Metric) -> bool:
+        return self.rounding == "gptq" and not metric.diagonal
+
+
+def search_scales(W: Tensor, grid: Grid, weights: Tensor) -> Tensor:
+    """Of the grid's own scale and its ``trials``, the one with the least ``Σ h_i (w_i − q_i)²`` for each group.
+
+    Args:
+        W: float32 ``[m, n]``.
+        grid: where the scales come from.
+        weights: float32 ``[n]``, h: how much an error at each input counts.
+
+    Returns:
+        bfloat16 ``[m, groups]``; of equal ones the first.
+    """
+    return torch.cat([_search_rows(rows, grid, weights) for rows in W.split(max(1, _CHUNK // W.shape[1]))])
+
+
+def _search_rows(W: Tensor, grid: Grid, weights: Tensor) -> Tensor:
+    groups, h = grid.grouped(W), grid.grouped(weights.unsqueeze(0))
+    low, high = grid.code_range
+
+    def error(scale: Tensor) -> Tensor:
+        step = scale.float().unsqueeze(-1)
+        Q = torch.round(groups / step).clamp_(low, high).mul_(step).bfloat16()  # as readers will hold it
+        return (groups - Q).square_().mul_(h).sum(-1)
+
+    own = grid.scale(W)
+    best, least = own, error(own)
+    for factor in grid.trials:
+        scale = (own.float() * factor).bfloat16()
+        found = error(scale)
+        better = found < least
+        best, least = torch.where(better, scale, best), torch.where(better, found, least)
+    return best

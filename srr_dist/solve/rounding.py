@@ -1,0 +1,90 @@
+"""Rounding with error feedback: GPTQ, in its form as LDLQ (arXiv 2210.17323; QuIP, arXiv 2307.13304, shows them equal).
+
+With ``H = U D Uᵀ``, U unit upper triangular, the error of a row ``δ = w − q`` is ``δ H δᵀ = Σ_j D_j η_j²`` with
+``η_j = δ_j + Σ_{i<j} δ_i U_ij``. Taken from left to right, ``q_j = round(w_j + Σ_{i<j} δ_i U_ij)`` makes each term as
+small as the grid allows. One Cholesky factorization and no inverse. Inputs are taken in descending order of their
+moment, so that those which count most are rounded while others can still make up for them; scales belong to groups of
+neighbours and are fixed before, so that the order costs readers nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srr_dist.solve.grids import Grid, dequantize
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to H: what a few massive inputs leave of the others is noise below it."""
+
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the errors of earlier inputs add to the targets of later ones.
+
+    Attributes:
+        order: int64 ``[n]``, the inputs in the order in which they are rounded.
+        U: float32 ``[n, n]``, unit upper triangular, rows and columns in this order.
+        damping: what was added to the diagonal, as a share of its mean.
+    """
+
+    order: Tensor
+    U: Tensor
+    damping: float
+
+
+def feedback_of(H: Tensor) -> Feedback:
+    """Factor a moment, float32 ``[n, n]`` of mean diagonal about 1, in float64; the caller keeps it to one thread."""
+    order = torch.argsort(H.diagonal(), descending=True, stable=True)
+    backwards = order.flip(0)  # the Cholesky factor of the reversed matrix, reversed, is upper triangular
+    A = H[backwards[:, None], backwards].double()
+    factor, damping = _cholesky(A)
+    U = factor.flip(0, 1)
+    return Feedback(order, U.div_(U.diagonal().clone()).float(), damping)
+
+
+def _cholesky(A: Tensor) -> tuple[Tensor, float]:
+    """The lower factor of A (float64) damped as little as it takes, and that damping; A is used up."""
+    damping = DAMPING
+    A.diagonal().add_(damping)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(A)
+        if not int(failed):
+            return factor, damping
+        A.diagonal().add_(9.0 * damping)
+        damping *= 10.0
+
+
+def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
+    """Codes of ``W: [m, n]`` (float32) under given scales (bfloat16 ``[m, groups]``), int8 ``[m, n]``.
+
+    Works on inputs as rows, in blocks: inside a block errors reach the next input at once, and what lies after the
+    block in one product.
+    """
+    m, n = W.shape
+    low, high = grid.code_range
+    order, U = feedback.order, feedback.U
+    weights = W.mT[order]
+    target = weights.clone()
+    group = order // (n // scale.shape[1])
+    scales = scale.mT.contiguous()
+    codes = torch.empty(n, m, dtype=torch.int8, device=W.device)
+    for start in range(0, n, _BLOCK):
+        stop = min(start + _BLOCK, n)
+        steps = scales[group[start:stop]]
+        delta = torch.empty(stop - start, m, device=W.device)
+        for j in range(start, stop):
+            step = steps[j - start]
+            code = torch.round(target[j] / step.float()).clamp_(low, high).to(torch.int8)
+            codes[j] = code
+            delta[j - start] = weights[j] - dequantize(code, step.unsqueeze(-1), torch.bfloat16)
+            target[j + 1 : stop].addr_(U[j, j + 1 : stop], delta[j - start])
+        if stop < n:
+            target[stop:] += U[start:stop, stop:].mT @ delta
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    return restored.mT.contiguous()
