@@ -113,7 +113,7 @@ class Trial:
     def disturb(self, output: Path, typical: float, most: int) -> int:
         """Make one output, with at most that many kills; returns how many there were."""
         kills, seen, driver, last = 0, dict[str, bytes](), self.start(output), time.monotonic()
-        next_kill = last + self.chance.uniform(0, 1.2 * typical)
+        next_kill = last + self.chance.uniform(0, 0.6 * typical)
         while True:
             if (code := driver.poll()) is not None:
                 self.exits[code] += 1
@@ -125,7 +125,7 @@ class Trial:
                 if victim := self.kill(driver):
                     kills, last = kills + 1, time.monotonic()
                     self.kills[victim] += 1
-                next_kill = time.monotonic() + self.chance.uniform(0, 1.2 * typical)
+                next_kill = time.monotonic() + self.chance.uniform(0, 0.6 * typical)
             elif time.monotonic() - last > HANG_SECONDS:
                 self.hangs += 1
                 driver.kill()

@@ -37,6 +37,11 @@ REFUSED = [
     ("bits", True, "a value of type int, found True"),
     ("group_size", 0, "a positive number or -1"),
     ("group_size", -2, "a positive number or -1"),
+    ("scales", "best", "one of absmax, search"),
+    ("rounding", "yaqa", "one of nearest, gptq"),
+    ("iterations", -1, "0 or more"),
+    ("shrinkage", -0.1, "a share from 0 to 10"),
+    ("shrinkage", float("nan"), "a share from 0 to 10"),
     ("rank", 0, "at least 1 (or --method none)"),
     ("split", "best", "search, criterion, energy or fixed:K"),
     ("split", "fixed", "search, criterion, energy or fixed:K"),
@@ -89,6 +94,12 @@ def test_wrong_value_is_refused_with_the_field_and_what_was_expected(name, value
     assert str(caught.value).startswith(f"{name}: ")
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("without", [{"form": "split"}, {"method": "none"}])
+def test_iterations_need_an_adapter_of_the_joint_form(without):
+    with pytest.raises(ConfigError, match=r"^iterations: expected 0 without an adapter of the joint form, found 2"):
+        RunConfig.from_options(COMPLETE | without | {"iterations": 2})
 
 
 def test_refusals_cover_every_option():
@@ -144,7 +155,7 @@ LOCATIONS = {"model": "elsewhere", "revision": "abc", "calibration": "other.txt"
 CHANGES = {
     "method": "qer", "grid": "int", "bits": 4, "group_size": 64, "rank": 33, "split": "criterion", "form": "split",
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
-    "max_bad_rows": 0.5,
+    "max_bad_rows": 0.5, "scales": "search", "rounding": "gptq", "iterations": 1, "shrinkage": 0.1,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -193,7 +204,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "0e3a6152303b89076dd58956575964bcb6439b0b0cdad4f45094e19433199794"
+    assert fingerprint() == "830fc5a69a8cb8b238b501a9235ac493e7e7f7b4254ec5fcdb97cfcdc5a48ba6"
 
 
 def test_canonical_json_is_one_byte_string():

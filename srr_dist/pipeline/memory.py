@@ -17,6 +17,9 @@ from srr_dist.errors import ConfigError
 PROCESS_BYTES = 700 * 2**20
 """Host memory of a worker that has imported torch and transformers and holds nothing yet (measured: 520 to 640 MiB)."""
 
+SMALL_LAYER = 4 * 2**20
+"""Weights of a layer up to which it is solved beside others."""
+
 PLACEMENTS = ("device", "host", "disk")
 """Where moments may live, fastest first: beside the weights, in host memory, mapped from a local disk."""
 
@@ -33,6 +36,10 @@ class Workload:
     quantized: frozenset[str]
     """Full names of the layers to solve."""
     on_gpu: bool
+    feedback: bool = False
+    """Whether moments are factored for rounding with error feedback."""
+    threads: int = 1
+    """Of a worker without a GPU: so many small layers are solved at once."""
     copies: int = 1
     """Versions of each block held side by side: two while an original and a quantized model are compared."""
     outside: int = 0
@@ -78,6 +85,7 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
     outputs = sum(linear.out_features for linear in block.linears) + 8 * work.hidden_size
     forward = work.seq_len * (outputs * work.compute_bytes + 4 * max(inputs.values(), default=0))
     solve = max((_solve_bytes(linear.out_features, linear.in_features, work) for linear in layers), default=0)
+    solve *= side_by_side(block, work.quantized, work.threads, on_gpu=work.on_gpu)
     return Need(weights, source, moments, forward, solve)
 
 
@@ -106,6 +114,17 @@ def choose_holding(
     )
 
 
+def side_by_side(block: Block, quantized: frozenset[str], threads: int, *, on_gpu: bool) -> int:
+    """How many layers of a block are solved at once.
+
+    A layer of a small model is too little work for several threads; a large one keeps them busy by itself.
+    """
+    layers = [linear for linear in block.linears if linear.name in quantized]
+    if on_gpu or any(linear.out_features * linear.in_features > SMALL_LAYER for linear in layers):
+        return 1
+    return max(1, min(threads, len({linear.input for linear in layers})))
+
+
 def parameters(block: Block) -> int:
     """Weights of a block's linear layers."""
     return sum(linear.out_features * linear.in_features for linear in block.linears)
@@ -129,6 +148,9 @@ def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> 
 
 
 def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:
-    """Matrices alive while a layer is solved: W, residual, Q, E, E H and one more, codes; H in float32 and float64."""
-    metric = in_features * (in_features if work.scaling == "exact" else 1)
-    return out_features * in_features * (6 * 4 + 2) + metric * 12
+    """Matrices alive while a layer is solved: W, residual, Q, E, E H and one more, codes; H in float32 and float64.
+
+    To factor H takes two more in float64 instead of one.
+    """
+    metric = in_features * in_features * (20 if work.feedback else 12) if work.scaling == "exact" else 12 * in_features
+    return out_features * in_features * (6 * 4 + 2) + metric

@@ -79,6 +79,8 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         scaling=run.config.scaling,
         quantized=run.quantized,
         on_gpu=bool(cluster.gpus),
+        feedback=run.config.rounding == "gptq",
+        threads=cluster.cpus,
         outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),
     )
     needs = graph_needs(run.checkpoint, run.graph, work, dtype_name(run.dtype))

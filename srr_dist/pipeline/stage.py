@@ -23,18 +23,15 @@ from torch import Tensor, nn
 
 from srr_dist.calibration import InputMoment, accumulator_shape
 from srr_dist.checkpoint.decoder import Decoder
-from srr_dist.checkpoint.graph import Block, Linear
-from srr_dist.errors import CalibrationError
-from srr_dist.export.adapter import adapter_tensors
-from srr_dist.export.base import linear_tensors
+from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline import hidden_states
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Pulse
 from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
 from srr_dist.pipeline.run import Run, unit_name, versions
+from srr_dist.pipeline.solving import shared_inputs, solve_block
 from srr_dist.pipeline.statistics import Statistics
-from srr_dist.solve import Metric, solve_layer
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
 from srr_dist.store.records import REST
 
@@ -177,28 +174,19 @@ class Stage(Pulse):
         self.held[block.index] = held
 
     def _solve(self, held: _Held, unit: str, generation: int) -> dict[str, Any]:
-        base = dict(held.source)
-        adapter: dict[str, Tensor] = {}
-        layers: list[dict[str, Any]] = []
         started = time.perf_counter()
-        for shared in self._shared_inputs(held.block):
-            moment = held.moments.pop(shared[0].input, None)
-            metric = self._metric(moment, shared[0])
-            for linear in shared:
-                W = base.pop(f"{linear.name}.weight").to(self.device)
-                solution = solve_layer(W, metric, linear.name, self.run.solve_options())
-                base |= linear_tensors(linear.name, solution.codes.cpu(), solution.scale.cpu(), self.run.config.bits)
-                adapter |= adapter_tensors(linear.name, solution.L.cpu(), solution.R.cpu())
-                layers.append(self._layer_record(solution.result, linear, held.block, moment))
+        solved = solve_block(self.run, held.block, held.source, held.moments, self.device, self.threads)
         held.seconds["solve"] = time.perf_counter() - started
-        record = self._commit(unit, generation, base, adapter, layers, held, self._plan())
+        replaced = {f"{layer['name']}.weight" for layer in solved.layers}
+        kept = {name: tensor for name, tensor in held.source.items() if name not in replaced}
+        record = self._commit(unit, generation, kept | solved.base, solved.adapter, solved.layers, held, self._plan())
         self._drop(held.block.index)
         return _summary(record)
 
     def _attach_moments(self, held: _Held, *, listen: bool) -> None:
         """One moment per shared input; where they are to ``listen``, fed by a hook on the first layer that reads it."""
         modules = self.decoder.linear_modules(held.block.index)
-        for shared in self._shared_inputs(held.block):
+        for shared in shared_inputs(held.block, self.run.quantized):
             linear = shared[0]
             moment = InputMoment(
                 linear.in_features, self.run.config.scaling, self.device, self._accumulator(linear.in_features)
@@ -237,14 +225,6 @@ class Stage(Pulse):
         path.unlink()  # the mapping keeps the space until the tensor goes
         return mapped.zero_().reshape(shape)
 
-    def _shared_inputs(self, block: Block) -> list[list[Linear]]:
-        """The block's layers to solve, grouped by the input they read."""
-        groups: dict[str, list[Linear]] = {}
-        for linear in block.linears:
-            if linear.name in self.run.quantized:
-                groups.setdefault(linear.input, []).append(linear)
-        return list(groups.values())
-
     def _enter(self, sequences: Sequence[int]) -> list[Tensor]:
         """Hidden states that enter the window, ``[1, T, d]`` each: embedded tokens, or the stored boundary."""
         start = self._plan().start
@@ -261,28 +241,6 @@ class Stage(Pulse):
                 hidden = self.decoder.run_block(index, hidden)
             self.held[index].seconds["calibrate"] += time.perf_counter() - started
         return hidden
-
-    def _metric(self, moment: InputMoment | None, linear: Linear) -> Metric:
-        if moment is None:
-            return Metric(torch.ones(linear.in_features, device=self.device))
-        rows = moment.tokens + moment.excluded
-        if moment.excluded > self.run.config.max_bad_rows * rows:
-            raise CalibrationError(
-                f"layer {linear.name}: {moment.excluded} of {rows} input rows hold NaN or Inf, allowed is a share of "
-                f"{self.run.config.max_bad_rows}; check the model and --dtype {self.run.config.dtype}, or raise "
-                "--max-bad-rows"
-            )
-        return Metric.of(moment.value().to(self.device), self.run.config.shrinkage)
-
-    def _layer_record(
-        self, result: dict[str, Any], linear: Linear, block: Block, moment: InputMoment | None
-    ) -> dict[str, Any]:
-        return result | {
-            "block": block.index,
-            "type": linear.name.removeprefix(f"{block.name}."),
-            "tokens": moment.tokens if moment else 0,
-            "excluded_rows": moment.excluded if moment else 0,
-        }
 
     def _commit(
         self,

@@ -41,14 +41,13 @@ def feedback_of(H: Tensor) -> Feedback:
     """Factor a moment, float32 ``[n, n]`` of mean diagonal about 1, in float64; the caller keeps it to one thread."""
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
     backwards = order.flip(0)  # the Cholesky factor of the reversed matrix, reversed, is upper triangular
-    A = H[backwards[:, None], backwards].double()
-    factor, damping = _cholesky(A)
+    factor, damping = _cholesky(H[backwards[:, None], backwards].double())
     U = factor.flip(0, 1)
     return Feedback(order, U.div_(U.diagonal().clone()).float(), damping)
 
 
 def _cholesky(A: Tensor) -> tuple[Tensor, float]:
-    """The lower factor of A (float64) damped as little as it takes, and that damping; A is used up."""
+    """The lower factor of A (float64, overwritten) damped as little as it takes, and that damping."""
     damping = DAMPING
     A.diagonal().add_(damping)
     while True:

@@ -364,10 +364,10 @@ def test_storage_without_room_ends_the_run_and_the_same_command_goes_on_when_the
         return full.is_set()
 
     site.watch(fill, refusal=("507 Insufficient Storage", "XMinioStorageFull"))
-    assert verb.main(site.flags("full")) == 1
+    assert verb.main(site.flags("full", blocks_per_stage=3)) == 1
     assert "refused by the test" in complaint(capfd)
     site.watch()
-    assert verb.main(site.flags("full")) == 0
+    assert verb.main(site.flags("full", blocks_per_stage=3)) == 0
     assert site.redone == []
     assert site.manifest("full") == undisturbed
 

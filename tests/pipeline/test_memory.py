@@ -21,6 +21,7 @@ from srr_dist.pipeline.memory import (
     block_need,
     choose_holding,
     parameters,
+    side_by_side,
 )
 
 MIB = 2**20
@@ -165,3 +166,18 @@ def test_block_that_does_not_fit_is_named_with_the_option_and_both_sizes(budget,
     assert "model.layers.1" in message
     assert message.count("GiB") == 2
     assert "\n" not in message
+
+
+def test_small_layers_are_solved_side_by_side_and_need_so_much_more():
+    quantized = workload().quantized
+    assert side_by_side(block(0), quantized, 1, on_gpu=False) == 1
+    assert side_by_side(block(0), quantized, 8, on_gpu=False) == 2  # inputs
+    assert side_by_side(block(0), quantized, 8, on_gpu=True) == 1
+    assert side_by_side(block(0, d=4096), quantized, 8, on_gpu=False) == 1
+    assert block_need(block(0), 0, workload(threads=2)).solve == 2 * block_need(block(0), 0, workload()).solve
+
+
+def test_rounding_with_feedback_needs_two_more_matrices_for_the_moment():
+    plain, fed = (block_need(block(0), 0, workload(feedback=feedback)).solve for feedback in (False, True))
+    assert fed - plain == 8 * 128 * 128
+    assert block_need(block(0), 0, workload(feedback=True, scaling="diag")).solve < plain

@@ -20,6 +20,7 @@ from srr_dist.errors import CalibrationError, CheckpointError
 from srr_dist.export.adapter import lora_names
 from srr_dist.export.base import PACKED, SCALE, SHAPE
 from srr_dist.pipeline import prepare
+from srr_dist.pipeline.memory import side_by_side
 from srr_dist.pipeline.run import Run, unit_name
 from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.solve import Metric, solve_layer
@@ -308,3 +309,22 @@ def test_second_commit_of_a_generation_leaves_the_first(model, text, tmp_path):
     first = stages[0].area.records()[unit_name(0)]
     stages[1].solve(0, 1)
     assert stages[1].area.records()[unit_name(0)] == first
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_layers_solved_side_by_side_are_stored_in_order_and_with_the_same_bytes(model, text, tmp_path, threads):
+    run = make_run(model, text, tmp_path / "out")
+    first = calibrated(run)
+    first.solve(1, generation=1)
+    alone = first.area.records()["00001"]
+    second = calibrated(run)
+    second.threads = threads
+    assert side_by_side(run.graph.blocks[1], run.quantized, threads, on_gpu=False) == min(threads, 4)
+    second.solve(1, generation=2)
+    beside = second.area.records()["00001"]
+    assert beside.generation == 2
+    assert {kind: entry.sha256 for kind, entry in beside.files.items()} == {
+        kind: entry.sha256 for kind, entry in alone.files.items()
+    }
+    assert [layer["name"] for layer in beside.layers] == [layer["name"] for layer in alone.layers]
+    assert torch.get_num_threads() == threads
