@@ -170,23 +170,23 @@ def main() -> None:
             outputs += 1
             if digest(output) != digest(undisturbed) or verify_output(str(output)):
                 trial.corrupted.append(output.name)
-            print(f"{killed} kills, {outputs} outputs, {dict(trial.kills)}", file=sys.stderr)
-        figures = {
-            "kills": dict(trial.kills),
-            "outputs": outputs,
-            "corrupted": trial.corrupted,
-            "redone": trial.redone,
-            "hangs": trial.hangs,
-            "exit_codes": {str(code): count for code, count in sorted(trial.exits.items())},
-            "manifest_sha256": digest(undisturbed),
-            "undisturbed_seconds": round(typical, 1),
-            "seconds_per_kill": round((time.monotonic() - begun) / max(killed, 1), 1),
-            "seed": arguments.seed,
-        }
+            figures = {
+                "kills": dict(trial.kills),
+                "outputs": outputs,
+                "corrupted": trial.corrupted,
+                "redone": trial.redone,
+                "hangs": trial.hangs,
+                "exit_codes": {str(code): count for code, count in sorted(trial.exits.items())},
+                "manifest_sha256": digest(undisturbed),
+                "undisturbed_seconds": round(typical, 1),
+                "seconds_per_kill": round((time.monotonic() - begun) / max(killed, 1), 1),
+                "seed": arguments.seed,
+            }
+            print(json.dumps(figures), file=sys.stderr, flush=True)
+            if arguments.output is not None:  # after every output, so that a run that is stopped has said something
+                arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
         trial.cluster.shutdown()
     print(json.dumps(figures))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
     if trial.corrupted or trial.redone or trial.hangs:
         raise SystemExit("a promise was broken")
 
