@@ -51,33 +51,31 @@ def recipes(bits: int, grid: str, group_size: int, rank: int) -> list[Recipe]:
         options = SolveOptions(method, quantizer, 0 if method == "none" else rank, **choices)
         return Recipe(f"{grid}{bits} {name}", options, scaling, shrinkage)
 
-    searched: dict[str, Any] = {"scales": "search", "shrinkage": 0.1}
+    criterion: dict[str, Any] = {"split": "criterion"}
+    searched: dict[str, Any] = {"scales": "search"}
+    shrunk: dict[str, Any] = searched | {"shrinkage": 0.1}
+    fed: dict[str, Any] = shrunk | {"rounding": "gptq"}
     return [
         recipe("weights only", "none"),
         recipe("LQER", "qer", scaling="lqer"),
         recipe("QER-exact", "qer"),
-        recipe("SRR criterion, split form", "srr", split="criterion", form="split"),
-        recipe("SRR criterion", "srr", split="criterion"),
+        recipe("SRR criterion, split form", "srr", **criterion, form="split"),
+        recipe("SRR criterion", "srr", **criterion),
         recipe("SRR search", "srr"),
-        recipe("weights only, searched scales", "none", scales="search"),
-        recipe("weights only, searched scales, GPTQ", "none", scales="search", rounding="gptq"),
-        recipe("QER-exact, searched scales", "qer", scales="search"),
-        recipe("SRR search, searched scales", "srr", scales="search"),
-        recipe("SRR search, shrinkage", "srr", shrinkage=0.1),
-        recipe("SRR search, searched scales, shrinkage", "srr", **searched),
-        recipe("SRR search, searched scales, shrinkage, 3 iterations", "srr", **searched, iterations=3),
-        recipe("QER-exact, searched scales, shrinkage, GPTQ", "qer", **searched, rounding="gptq"),
+        recipe("weights only, searched scales", "none", **searched),
+        recipe("weights only, searched scales, GPTQ", "none", **searched, rounding="gptq"),
+        recipe("QER-exact, searched scales", "qer", **searched),
+        recipe("SRR criterion, searched scales", "srr", **criterion, **searched),
+        recipe("SRR criterion, shrinkage", "srr", **criterion, shrinkage=0.1),
+        recipe("SRR criterion, searched scales, shrinkage", "srr", **criterion, **shrunk),
+        recipe("SRR criterion, searched scales, shrinkage, 3 iterations", "srr", **criterion, **shrunk, iterations=3),
+        recipe("weights only, searched scales, shrinkage, GPTQ", "none", **fed),
+        recipe("QER-exact, searched scales, shrinkage, GPTQ", "qer", **fed),
+        recipe("SRR criterion, searched scales, shrinkage, GPTQ", "srr", **criterion, **fed),
         recipe(
-            "SRR criterion, searched scales, shrinkage, GPTQ", "srr", **searched, rounding="gptq", split="criterion"
+            "SRR criterion, searched scales, shrinkage, GPTQ, 3 iterations", "srr", **criterion, **fed, iterations=3
         ),
-        recipe(
-            "SRR criterion, searched scales, shrinkage, GPTQ, 3 iterations",
-            "srr",
-            **searched,
-            rounding="gptq",
-            split="criterion",
-            iterations=3,
-        ),
+        recipe("SRR search, searched scales, shrinkage, 3 iterations", "srr", **shrunk, iterations=3),
     ]
 
 
