@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import evaluation_tokens
 from srr_dist.export import add_evaluation
 from srr_dist.store import ObjectStore
-from tests.commands import flags, run
+from tests.commands import flags
 from tests.conftest import Job
 from tests.families import VOCAB_SIZE, build
 
@@ -63,10 +65,10 @@ def evaluated(job: Job, finished: Path, tmp_path_factory: pytest.TempPathFactory
     assert verb.main(options(job, output, no_record=True, json=folder / "unrecorded.json")) == 0
     unrecorded = json.loads((folder / "unrecorded.json").read_text())
     report = json.loads((output / "report.json").read_text())
-    second = run("evaluate", *options(job, output, workers=2, blocks_per_stage=2, json=folder / "figures.json"))
-    assert second.code == 0, second.err
+    with redirect_stdout(StringIO()) as printed:
+        assert verb.main(options(job, output, workers=2, blocks_per_stage=2, json=folder / "figures.json")) == 0
     written = json.loads((folder / "figures.json").read_text())
-    return Evaluated(output, unrecorded, report, json.loads(second.out), written)
+    return Evaluated(output, unrecorded, report, json.loads(printed.getvalue()), written)
 
 
 def reference(job: Job, output: Path) -> dict[str, float]:

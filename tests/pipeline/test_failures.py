@@ -258,7 +258,7 @@ def test_driver_killed_at_random_instants_in_a_row(site, undisturbed):
     site.watch()
     for _ in range(10):
         process = start("quantize", *site.flags("driver", workers=chance.choice([1, 2, 3])))
-        moment = time.monotonic() + chance.uniform(4, 14)
+        moment = time.monotonic() + chance.uniform(3, 10)
         while process.poll() is None and time.monotonic() < moment:
             time.sleep(0.05)
         process.kill()
@@ -363,11 +363,11 @@ def test_storage_without_room_ends_the_run_and_the_same_command_goes_on_when_the
             full.set()
         return full.is_set()
 
-    site.watch(fill, refusal=("507 Insufficient Storage", "XMinioStorageFull"))
-    assert verb.main(site.flags("full", blocks_per_stage=3)) == 1
+    site.watch(fill, refusal=("403 Forbidden", "QuotaExceeded"))
+    assert verb.main(site.flags("full", workers=1, blocks_per_stage=6)) == 1
     assert "refused by the test" in complaint(capfd)
     site.watch()
-    assert verb.main(site.flags("full", blocks_per_stage=3)) == 0
+    assert verb.main(site.flags("full", workers=1, blocks_per_stage=6)) == 0
     assert site.redone == []
     assert site.manifest("full") == undisturbed
 
