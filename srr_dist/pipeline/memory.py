@@ -152,5 +152,7 @@ def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:
 
     To factor H takes two more in float64 instead of one.
     """
-    metric = in_features * in_features * (20 if work.feedback else 12) if work.scaling == "exact" else 12 * in_features
-    return out_features * in_features * (6 * 4 + 2) + metric
+    weights = out_features * in_features * (6 * 4 + 2)
+    if work.scaling != "exact":
+        return weights + in_features * 12
+    return weights + in_features * in_features * (20 if work.feedback else 12)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,84 +42,75 @@ def shared_inputs(block: Block, quantized: frozenset[str]) -> list[list[Linear]]
     return list(groups.values())
 
 
-def solve_block(
-    run: Run,
-    block: Block,
-    weights: Mapping[str, Tensor],
-    moments: dict[str, InputMoment],
-    device: torch.device,
-    threads: int,
-) -> Solved:
-    """Solve every selected layer of a block.
+@dataclass(frozen=True)
+class BlockSolver:
+    """One block's layers, with what it takes to solve them.
 
-    Args:
+    Attributes:
         run: selection and options.
         block: the block.
         weights: the source's tensors by name.
         moments: by the input's name; taken out as they are used, none where nothing is calibrated.
         device: where to compute.
-        threads: CPU threads of this worker.
-
-    Raises:
-        CalibrationError: too many of a layer's input rows were NaN or Inf.
     """
-    groups = shared_inputs(block, run.quantized)
-    solve = partial(_solve_group, run, block, weights, moments, device)
-    whole = Solved()
-    at_once = side_by_side(block, run.quantized, threads, on_gpu=device.type != "cpu")
-    for part in map(solve, groups) if at_once == 1 else _pooled(solve, groups, at_once, threads):
-        whole.base |= part.base
-        whole.adapter |= part.adapter
-        whole.layers += part.layers
-    return whole
 
+    run: Run
+    block: Block
+    weights: Mapping[str, Tensor]
+    moments: dict[str, InputMoment]
+    device: torch.device
 
-def _pooled(solve: partial[Solved], groups: list[list[Linear]], at_once: int, threads: int) -> Iterator[Solved]:
-    with ThreadPoolExecutor(at_once, initializer=_one_thread) as pool:
-        yield from pool.map(solve, groups)
-    torch.set_num_threads(threads)  # one of its settings belongs to the process
+    def solve(self, threads: int) -> Solved:
+        """Solve every selected layer on that many CPU threads.
+
+        Raises:
+            CalibrationError: too many of a layer's input rows were NaN or Inf.
+        """
+        groups, whole = shared_inputs(self.block, self.run.quantized), Solved()
+        at_once = side_by_side(self.block, self.run.quantized, threads, on_gpu=self.device.type != "cpu")
+        for part in map(self._solve_group, groups) if at_once == 1 else self._pooled(groups, at_once, threads):
+            whole.base |= part.base
+            whole.adapter |= part.adapter
+            whole.layers += part.layers
+        return whole
+
+    def _pooled(self, groups: list[list[Linear]], at_once: int, threads: int) -> Iterator[Solved]:
+        with ThreadPoolExecutor(at_once, initializer=_one_thread) as pool:
+            yield from pool.map(self._solve_group, groups)
+        torch.set_num_threads(threads)  # one of its settings belongs to the process
+
+    def _solve_group(self, group: list[Linear]) -> Solved:
+        """Solve layers that read one input."""
+        moment = self.moments.pop(group[0].input, None)
+        metric, found = self._metric(moment, group[0]), Solved()
+        for linear in group:
+            W = self.weights[f"{linear.name}.weight"].to(self.device)
+            solution = solve_layer(W, metric, linear.name, self.run.solve_options())
+            found.base |= linear_tensors(linear.name, solution.codes.cpu(), solution.scale.cpu(), self.run.config.bits)
+            found.adapter |= adapter_tensors(linear.name, solution.L.cpu(), solution.R.cpu())
+            found.layers.append(
+                solution.result
+                | {
+                    "block": self.block.index,
+                    "type": linear.name.removeprefix(f"{self.block.name}."),
+                    "tokens": moment.tokens if moment else 0,
+                    "excluded_rows": moment.excluded if moment else 0,
+                }
+            )
+        return found
+
+    def _metric(self, moment: InputMoment | None, linear: Linear) -> Metric:
+        if moment is None:
+            return Metric(torch.ones(linear.in_features, device=self.device))
+        rows, allowed = moment.tokens + moment.excluded, self.run.config.max_bad_rows
+        if moment.excluded > allowed * rows:
+            raise CalibrationError(
+                f"layer {linear.name}: {moment.excluded} of {rows} input rows hold NaN or Inf, allowed is a share of "
+                f"{allowed}; check the model and --dtype {self.run.config.dtype}, or raise --max-bad-rows"
+            )
+        return Metric.of(moment.value().to(self.device), self.run.config.shrinkage)
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-
-
-def _solve_group(
-    run: Run,
-    block: Block,
-    weights: Mapping[str, Tensor],
-    moments: dict[str, InputMoment],
-    device: torch.device,
-    group: list[Linear],
-) -> Solved:
-    """Solve layers that read one input."""
-    moment = moments.pop(group[0].input, None)
-    metric = _metric(run, moment, group[0], device)
-    found = Solved()
-    for linear in group:
-        solution = solve_layer(weights[f"{linear.name}.weight"].to(device), metric, linear.name, run.solve_options())
-        found.base |= linear_tensors(linear.name, solution.codes.cpu(), solution.scale.cpu(), run.config.bits)
-        found.adapter |= adapter_tensors(linear.name, solution.L.cpu(), solution.R.cpu())
-        found.layers.append(
-            solution.result
-            | {
-                "block": block.index,
-                "type": linear.name.removeprefix(f"{block.name}."),
-                "tokens": moment.tokens if moment else 0,
-                "excluded_rows": moment.excluded if moment else 0,
-            }
-        )
-    return found
-
-
-def _metric(run: Run, moment: InputMoment | None, linear: Linear, device: torch.device) -> Metric:
-    if moment is None:
-        return Metric(torch.ones(linear.in_features, device=device))
-    rows = moment.tokens + moment.excluded
-    if moment.excluded > run.config.max_bad_rows * rows:
-        raise CalibrationError(
-            f"layer {linear.name}: {moment.excluded} of {rows} input rows hold NaN or Inf, allowed is a share of "
-            f"{run.config.max_bad_rows}; check the model and --dtype {run.config.dtype}, or raise --max-bad-rows"
-        )
-    return Metric.of(moment.value().to(device), run.config.shrinkage)

@@ -30,7 +30,7 @@ from srr_dist.pipeline.cluster import Pulse
 from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
 from srr_dist.pipeline.run import Run, unit_name, versions
-from srr_dist.pipeline.solving import shared_inputs, solve_block
+from srr_dist.pipeline.solving import BlockSolver, shared_inputs
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
 from srr_dist.store.records import REST
@@ -175,7 +175,8 @@ class Stage(Pulse):
 
     def _solve(self, held: _Held, unit: str, generation: int) -> dict[str, Any]:
         started = time.perf_counter()
-        solved = solve_block(self.run, held.block, held.source, held.moments, self.device, self.threads)
+        solver = BlockSolver(self.run, held.block, held.source, held.moments, self.device)
+        solved = solver.solve(self.threads)
         held.seconds["solve"] = time.perf_counter() - started
         replaced = {f"{layer['name']}.weight" for layer in solved.layers}
         kept = {name: tensor for name, tensor in held.source.items() if name not in replaced}

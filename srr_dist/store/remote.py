@@ -131,15 +131,23 @@ class RemoteFolder:
             data = self.read(path)
             return data, hashlib.sha256(data).hexdigest()
         # In this order: content newer than its version makes a replacement fail, the opposite would let it succeed.
-        version = self.filesystem.info(self._full(path)).get("ETag")
-        if version is None:
-            raise NotImplementedError(f"{type(self.filesystem).__name__} gives no versions (ETags) of objects")
-        return self.read(path), str(version)
+        version = self._version(path)
+        return self.read(path), version
 
     def replace(self, path: str, data: bytes, expected: str) -> bool:
         if not self.single_driver:
-            return self._write_if(path, data, IfMatch=expected)
+            return self._write_over(path, data, expected)
         return self.size(path) is not None and self.read_versioned(path)[1] == expected and self._write_if(path, data)
+
+    def _version(self, path: str) -> str:
+        version = self.filesystem.info(self._full(path)).get("ETag")
+        if version is None:
+            raise NotImplementedError(f"{type(self.filesystem).__name__} gives no versions (ETags) of objects")
+        return str(version)
+
+    def _write_over(self, path: str, data: bytes, expected: str) -> bool:
+        """Write if the object still has this version; False if not."""
+        return self._write_if(path, data, IfMatch=expected)
 
     def _write_if(self, path: str, data: bytes, **condition: str) -> bool:
         """Write in one request; False if the server says that the condition does not hold."""
@@ -208,15 +216,10 @@ class GcsFolder(RemoteFolder):
     Uploads that were cut off are no objects there, and the server forgets them after a week.
     """
 
-    def read_versioned(self, path: str) -> tuple[bytes, str]:
-        if self.single_driver:
-            return super().read_versioned(path)
-        version = self.filesystem.info(self._full(path))["generation"]  # first, as with S3
-        return self.read(path), str(version)
+    def _version(self, path: str) -> str:
+        return str(self.filesystem.info(self._full(path))["generation"])
 
-    def replace(self, path: str, data: bytes, expected: str) -> bool:
-        if self.single_driver:
-            return super().replace(path, data, expected)
+    def _write_over(self, path: str, data: bytes, expected: str) -> bool:
         bucket, _, name = self._full(path).partition("/")
         url = f"{self.filesystem.base.removesuffix('storage/v1/')}upload/storage/v1/b/{quote(bucket)}/o"
         condition = {"uploadType": "media", "name": name, "ifGenerationMatch": expected}
