@@ -18,7 +18,7 @@ demo: env ## quantize, evaluate and verify a small real model on this machine
 	$(BIN)/python -m jobs.demo
 
 test: env ## run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env ## check style, format and types
 	$(BIN)/ruff check

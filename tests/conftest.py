@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from tests.commands import flags, run
 from tests.families import build
-from tests.s3 import SeaweedServer, environment
+from tests.s3 import SeaweedServer, environment, seaweed_server, set_variables
 
 WORDS = ["river", "hill", "town", "mill", "water", "bridge", "road", "market", "railway", "church", "ford", "sea"]
 
@@ -102,30 +102,20 @@ def finished(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]:
-    folder = tmp_path_factory.mktemp("seaweed") / "data"
-    folder.mkdir()
-    server = SeaweedServer(folder)
-    server.start()
-    yield server
-    server.kill()
+    with seaweed_server(tmp_path_factory.mktemp("seaweed") / "data") as server:
+        yield server
 
 
 @pytest.fixture
 def seaweed(_seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> SeaweedServer:
     """A real S3 server, one for all tests, with a bucket named "bucket"; AWS's variables lead to it."""
-    for name, value in environment(_seaweed.url).items():
-        monkeypatch.setenv(name, value)
+    set_variables(monkeypatch, environment(_seaweed.url))
     return _seaweed
 
 
 @pytest.fixture
 def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SeaweedServer]:
     """A real S3 server that a test may stop."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    server = SeaweedServer(folder)
-    server.start()
-    for name, value in environment(server.url).items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.kill()
+    with seaweed_server(tmp_path / "data") as server:
+        set_variables(monkeypatch, environment(server.url))
+        yield server

@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 from urllib.error import HTTPError, URLError
 
+import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 from werkzeug.wrappers import Response
 from werkzeug.wsgi import get_input_stream
@@ -54,6 +56,10 @@ class MotoServer:
         self._one_at_a_time = Lock()
         self.handler: Application = self.serve
         self.url = "http://{}:{}".format(*self._moto.get_host_and_port())
+
+    def make_bucket(self) -> None:
+        """A bucket named ``bucket``; moto keeps one world a process, so that another test may have made it."""
+        s3fs.S3FileSystem(skip_instance_cache=True).makedirs("bucket", exist_ok=True)
 
     def _answer(self, environ: dict[str, Any], start: Any) -> Answer:
         return self.handler(environ, start)
@@ -143,6 +149,22 @@ class SeaweedServer:
         """SIGCONT."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def seaweed_server(folder: Path) -> Iterator[SeaweedServer]:
+    """SeaweedFS, started, with its data in a new folder."""
+    folder.mkdir()
+    server = SeaweedServer(folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+def set_variables(patch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
+    """Set environment variables for as long as the patch lasts."""
+    for name, value in variables.items():
+        patch.setenv(name, value)
 
 
 def free_ports(count: int) -> list[int]:

@@ -154,7 +154,7 @@ class Actors:
             "max_restarts": 0,
             "max_task_retries": 0,
             "scheduling_strategy": "SPREAD",
-            "concurrency_groups": {"pulse": 1},
+            "concurrency_groups": {"pulse": 1, "commit": 1},
             "runtime_env": {"env_vars": _WORKER_ENVIRONMENT},
         }
         self._remote: Any = ray.remote(**options)(kind)

@@ -31,6 +31,7 @@ ISOLATE_AFTER = 2
 ATTEMPTS = 4
 """Failed attempts after which a unit is quarantined; blameless failures in a row after which a run gives up."""
 
+_ON_THE_WAY = {"reading", "calibrating"}
 _BLAMELESS = {"preempted", "storage", "message"}
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
@@ -67,7 +68,7 @@ class Failure:
 
     Attributes:
         kind: as in ``FailedAttempt``; or ``preempted``, ``storage``, ``message``, which are nobody's fault.
-        doing: ``reading``, ``calibrating`` or ``solving``.
+        doing: ``reading``, ``calibrating``, ``solving`` or ``committing``.
         units: without a result, and one of them may be to blame.
         reason: in words.
     """
@@ -95,7 +96,7 @@ class Ledger:
     @property
     def impassable(self) -> set[str]:
         """Quarantined units through which not even sequences pass."""
-        return {unit for unit, failure in self.quarantined.items() if failure.doing != "solving"}
+        return {unit for unit, failure in self.quarantined.items() if failure.doing in _ON_THE_WAY}
 
     def committed(self, units: Collection[str]) -> None:
         """These units have results: nothing is held against them, and the run gets on."""

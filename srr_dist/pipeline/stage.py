@@ -1,13 +1,12 @@
 """A stage: consecutive decoder blocks of one window, from their weights to their committed results.
 
 A stage is told the window (``open``), is fed sequences (``forward``), and then solves each block (``solve``) where
-the moments already lie. It talks to storage itself; only hidden states and small summaries cross Ray.
+the moments already lie. While it solves, the block before is uploaded, and weights of the next window are read into
+the room that solved blocks leave. It talks to storage itself; only hidden states and small summaries cross Ray.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import tempfile
 import time
 import uuid
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import ray
 import torch
 from torch import Tensor, nn
 
@@ -27,15 +26,14 @@ from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline import hidden_states
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Pulse
+from srr_dist.pipeline.committing import Commits
 from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
-from srr_dist.pipeline.run import Run, unit_name, versions
+from srr_dist.pipeline.run import Run, unit_name
 from srr_dist.pipeline.solving import BlockSolver, shared_inputs
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
 from srr_dist.store.records import REST
-
-log = logging.getLogger(__name__)
 
 _BOUNDARY_WRITERS = 2
 
@@ -58,6 +56,8 @@ class StagePlan:
     planned_memory: dict[str, int]
     passes: bool = True
     """Whether sequences pass; if not, moments are taken from the statistics."""
+    ahead: tuple[int, ...] = ()
+    """Blocks that this stage will hold next if all goes well; a guess, so that their weights can be read early."""
 
 
 @dataclass
@@ -71,8 +71,9 @@ class _Held:
 
 
 class Stage(Pulse):
-    """The worker's side of the pipeline. Methods are called one at a time, in the order the driver submits them.
+    """The worker's side of the pipeline.
 
+    Methods are called one at a time, in the order the driver submits them; ``commit`` alone waits beside the others.
     What goes wrong unexpectedly comes out as a UnitError that names the block.
     """
 
@@ -86,7 +87,10 @@ class Stage(Pulse):
         self.boundaries = Boundaries(self.area)
         self.statistics = Statistics(run)
         self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
+        self.commits = Commits(run, self.area, device_name(self.device))
         self.writers = ThreadPoolExecutor(_BOUNDARY_WRITERS)
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self.held: dict[int, _Held] = {}
         self.plan: StagePlan | None = None
         self.saved: dict[int, Future[str]] = {}
@@ -98,6 +102,8 @@ class Stage(Pulse):
         for index in list(self.held):
             self._drop(index)
         self.plan, self.saved = plan, {}
+        for index in self.ahead.keys() - set(plan.blocks):
+            del self.ahead[index]
         for index in plan.blocks:
             with blame(unit_name(index)):
                 self._hold(self.run.graph.blocks[index], collect=index in plan.collect)
@@ -138,21 +144,33 @@ class Stage(Pulse):
             elif plan.passes:
                 self._keep_moments(self.held[index])
 
-    def solve(self, index: int, generation: int) -> dict[str, Any] | None:
-        """Solve every layer of a block, upload the result and commit it; returns a summary for the progress line.
+    def solve(self, index: int, generation: int) -> bool:
+        """Solve every layer of a block and begin its commit.
 
-        A block whose stored moments turn out to be damaged is left as it is, to be calibrated in another window:
-        None is returned for it.
+        Returns:
+            Whether ``commit`` is to follow. A block whose stored moments turn out to be damaged is left as it is, to be
+            calibrated in another window.
 
         Raises:
             CalibrationError: too many of a layer's input rows were NaN or Inf.
         """
+        plan = self._plan()
         with blame(unit_name(index)):
             held = self.held[index]
-            if not (self._plan().passes or self._recall_moments(held)):
-                self._drop(index)
-                return None
-            return self._solve(held, unit_name(index), generation)
+            whole = plan.passes or self._recall_moments(held)
+            if whole:
+                self._solve(held, generation)
+            self._drop(index)
+        later = [block for block in plan.ahead if block not in self.ahead]
+        if later:
+            self.ahead[later[0]] = self.reader.submit(self._read, later[0])
+        return whole
+
+    @ray.method(concurrency_group="commit")
+    def commit(self, unit: str) -> dict[str, Any]:
+        """Wait until a unit that was begun is durable; returns a summary for the progress line."""
+        with blame(unit):
+            return _summary(self.commits.result(unit))
 
     def store_rest(self, generation: int) -> dict[str, Any]:
         """Read, check and commit every tensor outside the blocks, as the source has it."""
@@ -160,12 +178,13 @@ class Stage(Pulse):
             started = time.perf_counter()
             tensors = self.run.checkpoint.read(self.run.graph.rest)
             seconds = {"read": time.perf_counter() - started}
-            held = _Held(Block(-1, REST, self.run.graph.rest, (), 0), tensors, {}, seconds)
-            return _summary(self._commit(REST, generation, tensors, {}, [], held, None))
+            self.commits.begin(REST, generation, {"base": tensors}, tensors, seconds, layers=[], stage={})
+            return _summary(self.commits.result(REST))
 
     def _hold(self, block: Block, *, collect: bool) -> None:
         started = time.perf_counter()
-        tensors = self.run.checkpoint.read(block.tensors)
+        begun = self.ahead.pop(block.index, None)
+        tensors = begun.result() if begun else self._read(block.index)
         self.decoder.load_block(block.index, tensors)
         held = _Held(block, tensors if collect else {}, {})
         if collect and self.run.calibrated:
@@ -173,16 +192,25 @@ class Stage(Pulse):
         held.seconds = {"read": time.perf_counter() - started, "calibrate": 0.0}
         self.held[block.index] = held
 
-    def _solve(self, held: _Held, unit: str, generation: int) -> dict[str, Any]:
+    def _read(self, index: int) -> dict[str, Tensor]:
+        return self.run.checkpoint.read(self.run.graph.blocks[index].tensors)
+
+    def _solve(self, held: _Held, generation: int) -> None:
         started = time.perf_counter()
         solver = BlockSolver(self.run, held.block, held.source, held.moments, self.device)
         solved = solver.solve(self.threads)
         held.seconds["solve"] = time.perf_counter() - started
         replaced = {f"{layer['name']}.weight" for layer in solved.layers}
         kept = {name: tensor for name, tensor in held.source.items() if name not in replaced}
-        record = self._commit(unit, generation, kept | solved.base, solved.adapter, solved.layers, held, self._plan())
-        self._drop(held.block.index)
-        return _summary(record)
+        self.commits.begin(
+            unit_name(held.block.index),
+            generation,
+            {"base": kept | solved.base, "adapter": solved.adapter},
+            held.source,
+            held.seconds,
+            layers=solved.layers,
+            stage=self._stage_record(),
+        )
 
     def _attach_moments(self, held: _Held, *, listen: bool) -> None:
         """One moment per shared input; where they are to ``listen``, fed by a hook on the first layer that reads it."""
@@ -243,51 +271,8 @@ class Stage(Pulse):
             self.held[index].seconds["calibrate"] += time.perf_counter() - started
         return hidden
 
-    def _commit(
-        self,
-        unit: str,
-        generation: int,
-        base: dict[str, Tensor],
-        adapter: dict[str, Tensor],
-        layers: list[dict[str, Any]],
-        held: _Held,
-        plan: StagePlan | None,
-    ) -> BlockRecord:
-        """Upload a unit's files under an attempt of their own, then create its record; the first record wins."""
-        started = time.perf_counter()
-        attempt = uuid.uuid4().hex
-        files = {}
-        for name, tensors in (("base", base), ("adapter", adapter)):
-            if tensors:
-                local = Path(self.scratch.name) / f"{attempt}-{name}"
-                safetensors.torch.save_file(
-                    {key: tensor.contiguous() for key, tensor in tensors.items()}, local, metadata={"format": "pt"}
-                )
-                files[name] = self.area.store.upload(
-                    local, self.area.attempt_path(unit, attempt, f"{name}.safetensors")
-                )
-                local.unlink()
-        seconds = held.seconds | {"write": held.seconds.get("write", 0.0) + time.perf_counter() - started}
-        return self.area.commit(
-            BlockRecord(
-                unit=unit,
-                generation=generation,
-                fingerprint=self.run.fingerprint,
-                attempt=attempt,
-                files=files,
-                layers=layers,
-                source_sha256=_digest(held.source),
-                seconds=seconds,
-                versions=versions(),
-                hardware=device_name(self.device),
-                finished=time.time(),
-                stage=self._stage_record(plan),
-            )
-        )
-
-    def _stage_record(self, plan: StagePlan | None) -> dict[str, Any]:
-        if plan is None:
-            return {}
+    def _stage_record(self) -> dict[str, Any]:
+        plan = self._plan()
         return {
             "stage": plan.stage,
             "window": plan.window,
@@ -310,12 +295,3 @@ def _summary(record: BlockRecord) -> dict[str, Any]:
     """What the driver is told of a committed unit."""
     written = sum(entry.size for entry in record.files.values())
     return {"unit": record.unit, "layers": len(record.layers), "seconds": record.seconds, "bytes": written}
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 of the source weights a unit was made from, by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -68,6 +68,23 @@ def next_window_at_rest(
     return Window(blocks[0], even_parts(blocks, stages), frozenset(blocks), save=None, passes=False)
 
 
+def following(window: Window, pending: Collection[int], stages: int, blocks_per_stage: int) -> Window | None:
+    """The window after this one if nothing goes wrong, None if there is none: a guess for whoever prepares it.
+
+    Args:
+        window: the one to come.
+        pending: blocks without a result, those of the window among them.
+        stages: as for ``next_window``.
+        blocks_per_stage: as for ``next_window``.
+    """
+    left = set(pending) - window.collect
+    if not window.passes:
+        return next_window_at_rest(left, stages, blocks_per_stage) if left else None
+    if window.save is None or not (left := {block for block in left if block >= window.save}):
+        return None
+    return next_window(left, (window.save,), stages, blocks_per_stage)
+
+
 def reachable(pending: Collection[int], boundaries: Collection[int], impassable: Collection[int]) -> set[int]:
     """The pending blocks whose hidden states can be had: no block that sequences do not get through lies before."""
     return {
@@ -79,14 +96,16 @@ def reachable(pending: Collection[int], boundaries: Collection[int], impassable:
 
 def all_windows(count: int, stages: int, blocks_per_stage: int, *, passes: bool = True) -> list[Window]:
     """The windows of an undisturbed run over ``count`` blocks, which sequences pass through or not."""
-    windows: list[Window] = []
-    while (start := sum(len(window.blocks) for window in windows)) < count:
-        left = range(start, count)
-        windows.append(
-            next_window(left, (start,), stages, blocks_per_stage)
-            if passes
-            else next_window_at_rest(left, stages, blocks_per_stage)
-        )
+    blocks = range(count)
+    window: Window | None = (
+        next_window(blocks, (0,), stages, blocks_per_stage)
+        if passes
+        else next_window_at_rest(blocks, stages, blocks_per_stage)
+    )
+    windows = []
+    while window is not None:
+        windows.append(window)
+        window = following(window, range(window.start, count), stages, blocks_per_stage)
     return windows
 
 

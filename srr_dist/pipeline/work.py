@@ -17,7 +17,7 @@ from srr_dist.pipeline.plan import Plan, hidden_size
 from srr_dist.pipeline.run import unit_name
 from srr_dist.pipeline.stage import StagePlan
 from srr_dist.pipeline.watch import Watch
-from srr_dist.pipeline.windows import Window, batches
+from srr_dist.pipeline.windows import Window, batches, following
 from srr_dist.store.records import REST
 
 
@@ -57,7 +57,9 @@ class WindowWork:
         watch: Watch,
     ) -> None:
         self._plan, self._window, self._missing, self._watch = plan, window, missing, watch
-        parts = stage_plans(window, number, plan) if window is not None else []
+        pending = [int(unit) for unit in missing if unit != REST]
+        ahead = following(window, pending, len(workers), plan.holding.blocks) if window is not None else None
+        parts = stage_plans(window, number, plan, ahead) if window is not None else []
         self._stages = list(zip(workers, parts, strict=False))
         self._workers = [worker for worker, _ in self._stages] or [workers[-1]]
         self._spare = workers[-1]
@@ -127,7 +129,10 @@ class WindowWork:
         return None
 
     def _solve(self) -> list[Failure]:
-        """Each worker solves its blocks one after the other. A stop lets those that are begun come to their end."""
+        """Each worker solves its blocks one after the other, while those before are committed.
+
+        A stop lets blocks that are begun come to their end.
+        """
         self._watch.progress.begin(f"{self.name} · solving")
         self._watch.events.note("solving", blocks=self.name)
         self._watch.events.flush(now=True)
@@ -138,9 +143,15 @@ class WindowWork:
             done, _ = self._watch.wait([task.reference for task in tasks], self._workers, finishing=True)
             for task in [task for task in tasks if task.reference in done]:
                 tasks.remove(task)
-                failure = self._outcome(task)
-                failures += [failure] if failure else []
-                lost = failure is not None and failure.kind not in {"error", "memory"}
+                outcome = self._outcome(task)
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                if task.doing == "committing":
+                    continue
+                if outcome is True:
+                    (unit,) = task.units
+                    tasks.append(Task(task.worker.handle.commit.remote(unit), task.worker, "committing", task.units))
+                lost = isinstance(outcome, Failure) and outcome.kind not in {"error", "memory"}
                 if queues[task.worker] and not lost and not self._watch.stop.requested:
                     tasks.append(self._next_block(task.worker, queues[task.worker]))
         self._watch.stop.check()
@@ -155,19 +166,20 @@ class WindowWork:
         left, failures = list(tasks), []
         while left:
             done, _ = self._watch.wait([task.reference for task in left], self._workers)
-            failures += [f for task in left if task.reference in done and (f := self._outcome(task))]
+            outcomes = [self._outcome(task) for task in left if task.reference in done]
+            failures += [outcome for outcome in outcomes if isinstance(outcome, Failure)]
             left = [task for task in left if task.reference not in done]
         return failures
 
-    def _outcome(self, task: Task) -> Failure | None:
-        """What became of a task that is done."""
+    def _outcome(self, task: Task) -> Failure | bool:
+        """What became of a task that is done; if it did not fail, whether a commit is to follow."""
         try:
-            summary = ray.get(task.reference)
+            answer = ray.get(task.reference)
         except RayError as error:
             return self._failure(error, task)
-        if isinstance(summary, dict):
-            self._watch.committed(summary)
-        return None
+        if isinstance(answer, dict):
+            self._watch.committed(answer)
+        return answer is True
 
     def _failure(self, error: RayError, task: Task) -> Failure:
         """Say whose failure it is; deliberate errors that a repetition would not mend are raised."""
@@ -203,8 +215,9 @@ def _kind(error: RayError, cause: BaseException) -> str:
     return "error" if isinstance(error, RayTaskError) and not isinstance(cause, RayError) else "message"
 
 
-def stage_plans(window: Window, number: int, plan: Plan) -> list[StagePlan]:
-    """What each stage is told of a window."""
+def stage_plans(window: Window, number: int, plan: Plan, ahead: Window | None = None) -> list[StagePlan]:
+    """What each stage is told of a window, and of the one that may follow."""
+    later = ahead.stages if ahead is not None else ()
     last = len(window.stages) - 1
     return [
         StagePlan(
@@ -217,6 +230,7 @@ def stage_plans(window: Window, number: int, plan: Plan) -> list[StagePlan]:
             last=index == last,
             planned_memory=plan.planned_memory(),
             passes=window.passes,
+            ahead=later[index] if index < len(later) else (),
         )
         for index, blocks in enumerate(window.stages)
     ]

@@ -55,11 +55,11 @@ def submit(cluster: LocalCluster, *ray_options: str, output: str, **changes: Any
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def job_info(cluster: LocalCluster, submission: str, part: str = "") -> dict[str, Any]:
-    """What the dashboard shows of a job, or a part of it such as ``/logs``."""
+def job_info(cluster: LocalCluster, submission: str, part: str = "", method: str = "GET") -> dict[str, Any]:
+    """What the job API answers about a job, or a part of it such as ``/logs``."""
     token = Path(cluster.variables["RAY_AUTH_TOKEN_PATH"]).read_text()
     url = f"{cluster.variables['RAY_API_SERVER_ADDRESS']}/api/jobs/{submission}{part}"
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}, method=method)
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
 
@@ -112,8 +112,8 @@ def test_stopped_job_goes_on_under_another_id_to_the_same_bytes(cluster, finishe
     started = submit(cluster, "--no-wait", "--submission-id", "stopped", output=output, blocks_per_stage=1)
     assert started.code == 0, started.err
     wait_for(lambda: records(output) or job_info(cluster, "stopped")["status"] == "FAILED", "a first record")
-    stop = ["ray", "job", "stop", "stopped"]
-    subprocess.run(stop, env=cluster.client(), capture_output=True, timeout=TIMEOUT, check=True)
+    assert job_info(cluster, "stopped", "/stop", "POST") == {"stopped": True}  # as `ray job stop` does
+    wait_for(lambda: job_info(cluster, "stopped")["status"] != "RUNNING", "the end of the job")
     info = job_info(cluster, "stopped")
     assert info["status"] == "STOPPED", info
     assert "stopped on request; run the same command again" in job_info(cluster, "stopped", "/logs")["logs"]

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import pytest
-import s3fs
 import torch
 
 from srr_dist.config import JobConfig, QuantizeConfig
@@ -22,7 +21,7 @@ from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.store import BlockRecord, RunArea, read_complete
 from tests.conftest import RayCluster
 from tests.families import build
-from tests.s3 import MotoServer, environment
+from tests.s3 import MotoServer, environment, set_variables
 
 DEFAULTS: dict[str, Any] = {"rank": 4, "num_samples": 4, "seq_len": 24, "split": "fixed:2"}
 
@@ -91,6 +90,7 @@ class Solver:
         stage.end_forward()
         stage.area.begin(run.document())
         stage.solve(0, 1)
+        stage.commit("00000")
         stage.store_rest(1)
         finish(run, stage.area, "compressed", anew=True)
         return Solved(run.fingerprint, stage.area.records()["00000"], stage.area)
@@ -192,9 +192,8 @@ def test_revision_of_what_has_none_is_refused(solver):
 
 def test_single_driver_commits_where_the_server_refuses_conditional_writes(solver, monkeypatch):
     server = MotoServer()
-    for name, value in environment(server.url).items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem(skip_instance_cache=True).makedirs("bucket", exist_ok=True)
+    set_variables(monkeypatch, environment(server.url))
+    server.make_bucket()
     server.handler = server.refuse_conditions
     sources = open_sources(QuantizeConfig(model=str(solver.model), calibration=str(solver.text), **DEFAULTS))
 

@@ -45,10 +45,10 @@ class SmallStage(Stage):
         self._allocate("reading", block.index)
         super()._hold(block, collect=collect)
 
-    def _solve(self, held: Any, unit: str, generation: int) -> dict[str, Any]:
+    def _solve(self, held: Any, generation: int) -> None:
         if held.block.index == TOO_LARGE:
             raise torch.OutOfMemoryError(SHORT)
-        return super()._solve(held, unit, generation)
+        super()._solve(held, generation)
 
     def _allocate(self, doing: str, index: int) -> None:
         if index in CROWDED[doing] and CROWDED[doing] <= set(self._plan().blocks):

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,13 +17,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from srr_dist.calibration import InputMoment
+from srr_dist.checkpoint.source import Checkpoint
 from srr_dist.config import QuantizeConfig
 from srr_dist.errors import CalibrationError, CheckpointError
 from srr_dist.export.adapter import lora_names
 from srr_dist.export.base import PACKED, SCALE, SHAPE
 from srr_dist.pipeline import prepare
+from srr_dist.pipeline.failures import UnitError
 from srr_dist.pipeline.memory import side_by_side
 from srr_dist.pipeline.run import Run, unit_name
+from srr_dist.pipeline.solving import BlockSolver
 from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.solve import Metric, solve_layer
 from srr_dist.store import BlockRecord
@@ -64,6 +69,12 @@ def calibrated(run: Run, plan: StagePlan | None = None, placement: str = "host")
         assert stage.forward((sequence,), None) is None
     stage.end_forward()
     return stage
+
+
+def commit(stage: Stage, index: int, generation: int = 1) -> dict[str, Any]:
+    """Solve a block and wait until its result is durable."""
+    assert stage.solve(index, generation)
+    return stage.commit(unit_name(index))
 
 
 def totals(stage: Stage) -> dict[str, torch.Tensor]:
@@ -144,7 +155,7 @@ def test_committed_block_holds_the_solution_of_each_layer(model, text, tmp_path)
     run = make_run(model, text, tmp_path / "out")
     stage = calibrated(run)
     moments = totals(stage)
-    summary = stage.solve(1, generation=1)
+    summary = commit(stage, 1)
     base, adapter = committed(run, stage, "00001", "base"), committed(run, stage, "00001", "adapter")
     block, source = run.graph.blocks[1], run.checkpoint.read(run.graph.blocks[1].tensors)
     assert summary["unit"] == "00001"
@@ -166,7 +177,7 @@ def test_committed_block_holds_the_solution_of_each_layer(model, text, tmp_path)
 def test_record_of_a_block_says_where_and_how_it_was_made(model, text, tmp_path):
     run = make_run(model, text, tmp_path / "out")
     stage = calibrated(run)
-    stage.solve(0, generation=3)
+    commit(stage, 0, generation=3)
     record = stage.area.records()["00000"]
     assert isinstance(record, BlockRecord)
     assert (record.generation, record.fingerprint) == (3, run.fingerprint)
@@ -181,12 +192,74 @@ def test_record_of_a_block_says_where_and_how_it_was_made(model, text, tmp_path)
     json.dumps(record.layers, allow_nan=False)
 
 
+def test_next_block_is_solved_while_the_one_before_is_uploaded(model, text, tmp_path, monkeypatch):
+    stage = calibrated(make_run(model, text, tmp_path / "out"))
+    room, upload = Event(), stage.area.store.upload
+
+    def slow(*arguments: Any) -> Any:
+        assert room.wait(60)
+        return upload(*arguments)
+
+    monkeypatch.setattr(stage.area.store, "upload", slow)
+    stage.solve(0, 1)
+    held = BlockSolver.solve
+
+    def solve(solver: BlockSolver, threads: int) -> Any:
+        assert stage.area.records() == {}
+        room.set()
+        return held(solver, threads)
+
+    monkeypatch.setattr(BlockSolver, "solve", solve)
+    stage.solve(1, 1)
+    assert [stage.commit(unit_name(index))["unit"] for index in (0, 1)] == ["00000", "00001"]
+    assert set(stage.area.records()) == {"00000", "00001"}
+
+
+def test_upload_that_fails_is_told_by_the_commit_and_names_the_unit(model, text, tmp_path, monkeypatch):
+    stage = calibrated(make_run(model, text, tmp_path / "out"))
+
+    def fail(*_: Any) -> Any:
+        raise OSError("no room")
+
+    monkeypatch.setattr(stage.area.store, "upload", fail)
+    assert stage.solve(0, 1)
+    assert stage.solve(1, 1)
+    with pytest.raises(UnitError, match="no room") as caught:
+        stage.commit("00001")
+    assert caught.value.unit == "00001"
+    assert stage.area.records() == {}
+
+
+def test_weights_of_the_next_window_are_read_as_blocks_are_solved(model, text, tmp_path, monkeypatch):
+    stage = calibrated(make_run(model, text, tmp_path / "out"), one_stage((0,), save=1, ahead=(2, 1)))
+    assert stage.ahead == {}
+    commit(stage, 0)
+    read = stage.ahead[2].result()
+    assert set(stage.ahead) == {2}  # as many as were solved
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("it was read already")
+
+    monkeypatch.setattr(Checkpoint, "read", refuse)
+    stage.open(one_stage((2,), start=1))
+    assert stage.held[2].source is read
+    assert stage.ahead == {}
+
+
+def test_weights_read_for_a_window_that_does_not_come_are_let_go(model, text, tmp_path):
+    stage = calibrated(make_run(model, text, tmp_path / "out"), one_stage((0,), save=1, ahead=(2,)))
+    commit(stage, 0)
+    stage.open(one_stage((1,), start=1))
+    assert stage.ahead == {}
+    assert set(stage.held) == {1}
+
+
 def test_source_digest_depends_on_the_weights_alone(model, text, tmp_path):
     digests = []
     for i, changes in enumerate(({}, {"bits": 4})):
         stage = calibrated(make_run(model, text, tmp_path / str(i), **changes))
-        stage.solve(0, 1)
-        stage.solve(1, 1)
+        commit(stage, 0)
+        commit(stage, 1)
         digests.append([record.source_sha256 for record in stage.area.records().values()])
     assert digests[0] == digests[1]
     assert digests[0][0] != digests[0][1]
@@ -209,7 +282,7 @@ def test_placement_of_moments_changes_no_byte(model, text, tmp_path, scaling):
         run = make_run(model, text, tmp_path / placement, scaling=scaling)
         stage = calibrated(run, placement=placement)
         for index in range(3):
-            stage.solve(index, 1)
+            commit(stage, index)
         files.append({
             (record.unit, kind): entry.sha256
             for record in stage.area.records().values()
@@ -224,7 +297,7 @@ def test_moments_on_disk_are_mapped_from_the_scratch_folder_and_leave_nothing(mo
     maps = Path("/proc/self/maps").read_text()
     assert stage.scratch.name in maps
     for index in range(3):
-        stage.solve(index, 1)
+        commit(stage, index)
     assert list(Path(stage.scratch.name).iterdir()) == []
     assert stage.scratch.name not in Path("/proc/self/maps").read_text()
 
@@ -283,7 +356,7 @@ def test_rows_that_are_not_finite_within_the_limit_are_left_out_and_counted(mode
     run = make_run(model, text, tmp_path / "out", max_bad_rows=1.0)
     stage = poisoned(run)
     assert all(moment.isfinite().all() for moment in totals(stage).values())
-    stage.solve(1, 1)
+    commit(stage, 1)
     layers = {layer["type"]: layer for layer in stage.area.records()["00001"].layers}
     assert layers["self_attn.q_proj"]["excluded_rows"] == SAMPLES
     assert all(layer["tokens"] + layer["excluded_rows"] == SAMPLES * LENGTH for layer in layers.values())
@@ -296,7 +369,7 @@ def test_stage_without_calibration_solves_from_the_weights_alone(model, tmp_path
     stage = Stage(run, "host", 1)
     stage.open(one_stage(start=None))
     stage.end_forward()
-    stage.solve(2, 1)
+    commit(stage, 2)
     layers = stage.area.records()["00002"].layers
     assert all(layer["tokens"] == 0 for layer in layers)
     assert all(layer["objective"]["stored"] < layer["energy"] for layer in layers)
@@ -305,9 +378,9 @@ def test_stage_without_calibration_solves_from_the_weights_alone(model, tmp_path
 def test_second_commit_of_a_generation_leaves_the_first(model, text, tmp_path):
     run = make_run(model, text, tmp_path / "out")
     stages = [calibrated(run), calibrated(run)]
-    stages[0].solve(0, 1)
+    commit(stages[0], 0)
     first = stages[0].area.records()[unit_name(0)]
-    stages[1].solve(0, 1)
+    commit(stages[1], 0)
     assert stages[1].area.records()[unit_name(0)] == first
 
 
@@ -315,12 +388,12 @@ def test_second_commit_of_a_generation_leaves_the_first(model, text, tmp_path):
 def test_layers_solved_side_by_side_are_stored_in_order_and_with_the_same_bytes(model, text, tmp_path, threads):
     run = make_run(model, text, tmp_path / "out")
     first = calibrated(run)
-    first.solve(1, generation=1)
+    commit(first, 1)
     alone = first.area.records()["00001"]
     second = calibrated(run)
     second.threads = threads
     assert side_by_side(run.graph.blocks[1], run.quantized, threads, on_gpu=False) == min(threads, 4)
-    second.solve(1, generation=2)
+    commit(second, 1, generation=2)
     beside = second.area.records()["00001"]
     assert beside.generation == 2
     assert {kind: entry.sha256 for kind, entry in beside.files.items()} == {

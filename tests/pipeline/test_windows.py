@@ -13,6 +13,7 @@ from srr_dist.pipeline.windows import (
     all_windows,
     batches,
     even_parts,
+    following,
     next_window,
     next_window_at_rest,
     reachable,
@@ -86,6 +87,25 @@ def test_windows_of_an_undisturbed_run_pass_every_block_once(count, stages, per_
     assert [block for window in windows for block in window.blocks] == list(range(count))
     assert windows == follow(range(count), {0}, stages, per_stage)
     assert len(windows) == -(-count // (stages * per_stage))
+
+
+@given(resumed_runs(), STAGES, PER_STAGE)
+def test_window_that_follows_is_the_next_one_if_all_is_committed(run, stages, per_stage):
+    _, pending, boundaries = run
+    window = next_window(pending, boundaries, stages, per_stage)
+    guess = following(window, pending, stages, per_stage)
+    left = set(pending) - window.collect
+    if not left:
+        assert guess is None
+        return
+    assert window.save is not None
+    assert guess == next_window(left, {0, window.save}, stages, per_stage)
+
+
+def test_window_that_follows_leaves_out_what_cannot_be_reached():
+    window = next_window({3, 4, 5}, {0, 3}, stages=1, blocks_per_stage=1)
+    assert following(window, {1, 3, 4, 5}, 1, 1) == Window(4, ((4,),), frozenset({4}), save=5)
+    assert following(window, {1, 3}, 1, 1) is None
 
 
 def test_window_of_a_run_interrupted_far_from_its_boundary_passes_committed_blocks_only():

@@ -5,30 +5,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import s3fs
 
 from srr_dist.store import ObjectStore
 from tests.gcs import GcsServer
 from tests.gcs import environment as gcs_environment
-from tests.s3 import MotoServer, SeaweedServer, environment
+from tests.s3 import MotoServer, SeaweedServer, environment, set_variables
 
 
 @pytest.fixture(scope="package")
 def _moto() -> Iterator[MotoServer]:
     server = MotoServer()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(server.url).items():
-            patch.setenv(name, value)
-        # moto keeps one world a process: another test may have made the bucket.
-        s3fs.S3FileSystem(skip_instance_cache=True).makedirs("bucket", exist_ok=True)
+        set_variables(patch, environment(server.url))
+        server.make_bucket()
     yield server
     server.stop()
 
 
 @pytest.fixture
 def s3(_moto: MotoServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[MotoServer]:
-    for name, value in environment(_moto.url).items():
-        monkeypatch.setenv(name, value)
+    set_variables(monkeypatch, environment(_moto.url))
     yield _moto
     _moto.handler = _moto.serve
 
@@ -52,8 +48,7 @@ def _gcs() -> Iterator[GcsServer]:
 
 @pytest.fixture
 def gcs_store(_gcs: GcsServer, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    for name, value in gcs_environment(_gcs.url).items():
-        monkeypatch.setenv(name, value)
+    set_variables(monkeypatch, gcs_environment(_gcs.url))
     return ObjectStore(f"gs://bucket/{uuid.uuid4().hex}")
 
 
