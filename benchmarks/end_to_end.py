@@ -21,7 +21,7 @@ from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens
-from srr_dist.config import RunConfig
+from srr_dist.config import RunConfig, load_recipe
 from srr_dist.pipeline.driver import quantize
 
 
@@ -71,7 +71,7 @@ def through_the_pipeline(arguments: argparse.Namespace, workers: int) -> dict[st
             "num_samples": arguments.num_samples,
             "seq_len": arguments.seq_len,
             "workers": workers,
-        }
+        } | (load_recipe(arguments.recipe) if arguments.recipe else {})
         started = time.perf_counter()
         outcome = quantize(RunConfig.from_options(options))
         whole = time.perf_counter() - started
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--recipe", help="options of the run, which decide how long solving takes")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

@@ -55,6 +55,8 @@ def recipes(bits: int, grid: str, group_size: int, rank: int) -> list[Recipe]:
     searched: dict[str, Any] = {"scales": "search"}
     shrunk: dict[str, Any] = searched | {"shrinkage": 0.1}
     fed: dict[str, Any] = shrunk | {"rounding": "gptq"}
+    again: dict[str, Any] = {"iterations": 3}
+    beyond: dict[str, Any] = fed | again | {"rounding_metric": "downdated"}
     return [
         recipe("weights only", "none"),
         recipe("LQER", "qer", scaling="lqer"),
@@ -62,20 +64,16 @@ def recipes(bits: int, grid: str, group_size: int, rank: int) -> list[Recipe]:
         recipe("SRR criterion, split form", "srr", **criterion, form="split"),
         recipe("SRR criterion", "srr", **criterion),
         recipe("SRR search", "srr"),
-        recipe("weights only, searched scales", "none", **searched),
-        recipe("weights only, searched scales, GPTQ", "none", **searched, rounding="gptq"),
-        recipe("QER-exact, searched scales", "qer", **searched),
-        recipe("SRR criterion, searched scales", "srr", **criterion, **searched),
-        recipe("SRR criterion, shrinkage", "srr", **criterion, shrinkage=0.1),
-        recipe("SRR criterion, searched scales, shrinkage", "srr", **criterion, **shrunk),
-        recipe("SRR criterion, searched scales, shrinkage, 3 iterations", "srr", **criterion, **shrunk, iterations=3),
-        recipe("weights only, searched scales, shrinkage, GPTQ", "none", **fed),
-        recipe("QER-exact, searched scales, shrinkage, GPTQ", "qer", **fed),
-        recipe("SRR criterion, searched scales, shrinkage, GPTQ", "srr", **criterion, **fed),
-        recipe(
-            "SRR criterion, searched scales, shrinkage, GPTQ, 3 iterations", "srr", **criterion, **fed, iterations=3
-        ),
-        recipe("SRR search, searched scales, shrinkage, 3 iterations", "srr", **shrunk, iterations=3),
+        recipe("weights only + scales", "none", **searched),
+        recipe("weights only + scales, λ, GPTQ", "none", **fed),
+        recipe("QER-exact + scales, λ, GPTQ", "qer", **fed),
+        recipe("SRR criterion + scales", "srr", **criterion, **searched),
+        recipe("SRR criterion + scales, λ", "srr", **criterion, **shrunk),
+        recipe("SRR criterion + scales, λ, iterations", "srr", **criterion, **shrunk, **again),
+        recipe("SRR criterion + scales, λ, iterations, GPTQ", "srr", **criterion, **fed, **again),
+        recipe("SRR criterion + scales, λ, iterations, GPTQ, downdated", "srr", **criterion, **beyond),
+        recipe("QER-exact + scales, λ, iterations, GPTQ, downdated", "qer", **beyond),
+        recipe("SRR search + scales, λ, iterations, GPTQ, downdated", "srr", **beyond),
     ]
 
 

@@ -27,6 +27,7 @@ METHODS = ("srr", "qer", "none")
 GRIDS = ("mxint", "int")
 SCALES = ("absmax", "search")
 ROUNDINGS = ("nearest", "gptq")
+ROUNDING_METRICS = ("full", "downdated")
 FORMS = ("joint", "split")
 SCALINGS = ("exact", "diag", "lqer", "identity")
 EXPORTS = ("compressed", "dense")
@@ -51,16 +52,21 @@ class QuantizeConfig:
     bits: int = option(3, "bits of a code, 2 to 8")
     group_size: int = option(32, "inputs that share a scale; -1 for one scale per output row")
     scales: str = option(
-        "absmax", "absmax: reach a group's largest weight; search: the least error, inputs weighted", choices=SCALES
+        "search", "absmax: reach a group's largest weight; search: the least error, inputs weighted", choices=SCALES
     )
     rounding: str = option(
-        "nearest", "nearest, or gptq: the error of each input is made up for by later ones", choices=ROUNDINGS
+        "gptq", "nearest, or gptq: the error of each input is made up for by later ones", choices=ROUNDINGS
     )
     rank: int = option(32, "rank r of the adapters")
     split: str = option("search", "how k is chosen: search, criterion, energy or fixed:K")
     form: str = option("joint", "joint: best rank r of W - Q; split: P_k plus the best rank r - k", choices=FORMS)
-    iterations: int = option(0, "times that codes and adapter are fitted to each other again, the best kept")
-    shrinkage: float = option(0.0, "share of the input moment's mean diagonal that is added to its diagonal")
+    iterations: int = option(3, "times that codes and adapter are fitted to each other again, the best kept")
+    rounding_metric: str = option(
+        "downdated",
+        "what iterations round in: full, the input moment; downdated, what is left of it beyond the adapter",
+        choices=ROUNDING_METRICS,
+    )
+    shrinkage: float = option(0.1, "share of the input moment's mean diagonal that is added to its diagonal")
     scaling: str = option("exact", "what weights the error: the input moment or a cheaper stand-in", choices=SCALINGS)
     calibration: str = option("", "text, jsonl, parquet, a folder of them, any fsspec URL, or a datasets id")
     num_samples: int = option(64, "calibration sequences")
@@ -82,8 +88,6 @@ class QuantizeConfig:
         )
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
-        joint = self.form == "joint" and self.method != "none"
-        _require(joint or not self.iterations, "iterations", "0 without an adapter of the joint form", self.iterations)
         _require(0.0 <= self.shrinkage <= 10.0, "shrinkage", "a share from 0 to 10", self.shrinkage)
         _require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
         _require(self.seq_len >= 2, "seq_len", "at least 2", self.seq_len)
@@ -169,6 +173,8 @@ class RunConfig:
         config = cls(QuantizeConfig(**parts[0]), JobConfig(**parts[1]))
         for name, value in (("model", config.quantize.model), ("output", config.job.output)):
             _require(bool(value), name, f"a location (--{name})", value)
+        fixed = config.quantize.form == "split" and config.quantize.iterations
+        _require(not fixed, "iterations", "0 (--iterations 0) with the split form", config.quantize.iterations)
         needs_text = config.quantize.scaling != "identity" and config.quantize.method != "none"
         _require(
             bool(config.quantize.calibration) or not needs_text,

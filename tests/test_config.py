@@ -40,6 +40,7 @@ REFUSED = [
     ("scales", "best", "one of absmax, search"),
     ("rounding", "yaqa", "one of nearest, gptq"),
     ("iterations", -1, "0 or more"),
+    ("rounding_metric", "half", "one of full, downdated"),
     ("shrinkage", -0.1, "a share from 0 to 10"),
     ("shrinkage", float("nan"), "a share from 0 to 10"),
     ("rank", 0, "at least 1 (or --method none)"),
@@ -96,10 +97,11 @@ def test_wrong_value_is_refused_with_the_field_and_what_was_expected(name, value
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("without", [{"form": "split"}, {"method": "none"}])
-def test_iterations_need_an_adapter_of_the_joint_form(without):
-    with pytest.raises(ConfigError, match=r"^iterations: expected 0 without an adapter of the joint form, found 2"):
-        RunConfig.from_options(COMPLETE | without | {"iterations": 2})
+def test_iterations_need_the_joint_form():
+    with pytest.raises(ConfigError, match=r"^iterations: expected 0 \(--iterations 0\) with the split form, found 2"):
+        RunConfig.from_options(COMPLETE | {"form": "split", "iterations": 2})
+    RunConfig.from_options(COMPLETE | {"form": "split", "iterations": 0})
+    RunConfig.from_options(COMPLETE | {"method": "none", "iterations": 2})  # which has nothing to iterate
 
 
 def test_refusals_cover_every_option():
@@ -155,7 +157,8 @@ LOCATIONS = {"model": "elsewhere", "revision": "abc", "calibration": "other.txt"
 CHANGES = {
     "method": "qer", "grid": "int", "bits": 4, "group_size": 64, "rank": 33, "split": "criterion", "form": "split",
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
-    "max_bad_rows": 0.5, "scales": "search", "rounding": "gptq", "iterations": 1, "shrinkage": 0.1,
+    "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "shrinkage": 0.3,
+    "rounding_metric": "full",
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -204,7 +207,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "830fc5a69a8cb8b238b501a9235ac493e7e7f7b4254ec5fcdb97cfcdc5a48ba6"
+    assert fingerprint() == "82168540c714ec44e786c2577d82fb3b1b3ed94773df3484ec817fc4e4a82069"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -38,6 +38,8 @@ class Workload:
     on_gpu: bool
     feedback: bool = False
     """Whether moments are factored for rounding with error feedback."""
+    downdated: bool = False
+    """Whether that happens for each layer, beyond its adapter."""
     threads: int = 1
     """Of a worker without a GPU: so many small layers are solved at once."""
     copies: int = 1
@@ -150,9 +152,9 @@ def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> 
 def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:
     """Matrices alive while a layer is solved: W, residual, Q, E, E H and one more, codes; H in float32 and float64.
 
-    To factor H takes two more in float64 instead of one.
+    To factor H takes two more in float64 instead of one, and beyond an adapter H itself and its factor stay beside it.
     """
     weights = out_features * in_features * (6 * 4 + 2)
     if work.scaling != "exact":
         return weights + in_features * 12
-    return weights + in_features * in_features * (20 if work.feedback else 12)
+    return weights + in_features * in_features * (12 + 8 * work.feedback + 8 * work.downdated)

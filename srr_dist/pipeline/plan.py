@@ -51,7 +51,8 @@ class Plan:
             f"quantizer      {config.grid} {config.bits} bits, group {config.group_size}, {config.scales} scales, "
             f"{config.rounding} rounding",
             f"method         {config.method}, rank {config.rank}, split {config.split}, {config.form} form, "
-            f"{config.iterations} iterations, {config.scaling} scaling, shrinkage {config.shrinkage:g}",
+            f"{config.iterations} iterations in the {config.rounding_metric} metric, {config.scaling} scaling, "
+            f"shrinkage {config.shrinkage:g}",
             f"calibration    {samples[0]} sequences of {samples[1]} tokens, forward passes in {dtype_name(run.dtype)}",
             f"workers        {self.cluster.workers} × ({self.cluster.cpus} CPU, {self.cluster.gpus} GPU)",
             f"windows        {len(self.windows)}, up to {holding.blocks} blocks per stage, "
@@ -80,6 +81,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         quantized=run.quantized,
         on_gpu=bool(cluster.gpus),
         feedback=run.config.rounding == "gptq",
+        downdated=run.config.iterations > 0 and run.config.rounding_metric == "downdated",
         threads=cluster.cpus,
         outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),
     )

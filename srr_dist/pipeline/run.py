@@ -72,7 +72,14 @@ class Run:
         config = self.config
         quantizer = Quantizer(self.grid, config.scales, config.rounding)
         return SolveOptions(
-            config.method, quantizer, config.rank, config.split, config.form, config.iterations, config.seed
+            method=config.method,
+            quantizer=quantizer,
+            rank=config.rank,
+            split=config.split,
+            form=config.form,
+            iterations=config.iterations,
+            rounding_metric=config.rounding_metric,
+            seed=config.seed,
         )
 
     def document(self) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class SolveOptions:
         split: ``search``, ``criterion``, ``energy`` or ``fixed:K``.
         form: ``joint`` (best rank-r approximation of W − Q) or ``split`` (P_k plus the best rank r − k of the rest).
         iterations: how often ``W − L R`` is quantized and W − Q approximated again, the best of all kept.
+        rounding_metric: what iterations round in: ``full``, the metric itself, or ``downdated``, what is left of a full
+            one beyond the adapter's rows.
         seed: the run's seed.
     """
 
@@ -46,6 +48,7 @@ class SolveOptions:
     split: str = "search"
     form: str = "joint"
     iterations: int = 0
+    rounding_metric: str = "full"
     seed: int = 0
 
 
@@ -86,6 +89,7 @@ class _Candidate:
     error: float
     """``‖W − Q‖²_H``, the error without an adapter."""
     objective: float
+    damping: float
     iteration: int = 0
 
 
@@ -110,30 +114,37 @@ class _Problem:
         U_k, R_k = self.weight.U[:, :k], self.weight.R[:k]
         residual = self.W - U_k @ R_k  # W − P_k
         if self.options.form == "joint":
-            return self._reconstructed(residual, k)
-        codes, scale, Q = self._quantized(residual)
+            return self._reconstructed(residual, k, self.metric)
+        codes, scale, Q, damping = self._quantized(residual, self.metric)
         found = self._subspace(residual - Q, self.rank - k)
         L, R, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric)
-        return _Candidate(k, codes, scale, Q, L, R, energies, self.metric.energy(self.W - Q), found.tail)
+        return _Candidate(k, codes, scale, Q, L, R, energies, self.metric.energy(self.W - Q), found.tail, damping)
 
     def alternated(self, start: _Candidate) -> _Candidate:
         """Quantize what the adapter leaves, and approximate what the codes leave, in turn; the best is kept."""
         best = current = start
-        for iteration in range(1, self.options.iterations + 1):
-            current = replace(self._reconstructed(self.W - current.L @ current.R, start.k), iteration=iteration)
+        for iteration in range(1, self.options.iterations + 1 if self.rank else 1):
+            residual, metric = self.W - current.L @ current.R, self._rounding_metric(current.R)
+            current = replace(self._reconstructed(residual, start.k, metric), iteration=iteration)
             if current.objective < best.objective:
                 best = current
         return best
 
-    def _reconstructed(self, residual: Tensor, k: int) -> _Candidate:
-        """Quantize a residual, and give all ranks to the best approximation of ``W − Q``."""
-        codes, scale, Q = self._quantized(residual)
-        found = self._subspace(self.W - Q, self.rank)
-        return _Candidate(k, codes, scale, Q, found.U, found.R, found.energies, found.total, found.tail)
+    def _rounding_metric(self, R: Tensor) -> Metric:
+        """The metric in which to choose codes beside an adapter with rows R, which will be fitted to them again."""
+        downdated = self.options.rounding_metric == "downdated" and self.rank and not self.metric.diagonal
+        return self.metric.beyond(R) if downdated else self.metric
 
-    def _quantized(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, scale = self.options.quantizer.quantize(residual, self.metric)
-        return codes, scale, self.options.quantizer.grid.dequantize(codes, scale)
+    def _reconstructed(self, residual: Tensor, k: int, metric: Metric) -> _Candidate:
+        """Quantize a residual in a metric, and give all ranks to the best approximation of ``W − Q``."""
+        codes, scale, Q, damping = self._quantized(residual, metric)
+        found = self._subspace(self.W - Q, self.rank)
+        return _Candidate(k, codes, scale, Q, found.U, found.R, found.energies, found.total, found.tail, damping)
+
+    def _quantized(self, residual: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor, float]:
+        quantizer = self.options.quantizer
+        codes, scale = quantizer.quantize(residual, metric)
+        return codes, scale, quantizer.grid.dequantize(codes, scale), quantizer.damping(metric)
 
     def _subspace(self, E: Tensor, rank: int) -> Subspace:
         return leading_subspace(E, self.metric, rank, self.directions)
@@ -177,7 +188,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
         "iteration": chosen.iteration,
         "singular_values": sigma.tolist(),
         "seed": problem.seed,
-        "damping": options.quantizer.damping(metric),
+        "damping": chosen.damping,
         "bits_per_weight": options.quantizer.grid.bits_per_weight(n) + 16 * problem.rank * (m + n) / (m * n),
         "seconds": {"solve": time.perf_counter() - started},
     }

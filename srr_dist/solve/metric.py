@@ -65,6 +65,21 @@ class Metric:
         with one_thread():
             return feedback_of(self.H)
 
+    def beyond(self, R: Tensor) -> Metric:
+        """The metric of what no adapter with rows ``R: [r, n]`` makes up for: ``‖E‖² = min_X ‖E − X R‖²_H``.
+
+        ``H − H Rᵀ (R H Rᵀ)⁻¹ R H`` of a full H, in float64: a few massive inputs may be all that is taken away.
+        """
+        HR = self.left(R.mT)
+        values, V = eigh(gram(R.mT, HR))
+        V = V * torch.where(values > _RANK_SHARE * values[0], values, torch.inf).rsqrt()
+        with one_thread():
+            taken = HR.double() @ V
+            rest = self.H.double().addmm_(taken, taken.mT, alpha=-1.0)
+        rest.diagonal().clamp_(min=0.0)
+        metric = Metric.of(rest)
+        return Metric(metric.H, metric.unit * self.unit)
+
     def right(self, E: Tensor) -> Tensor:
         """``E H: [m, n]``."""
         return E * self.H if self.diagonal else E @ self.H
@@ -101,6 +116,10 @@ class Metric:
 
 CANCELLATION = 0.01
 """Share of an energy below which a difference of float32 energies has too few digits left (their own error: 1e-7)."""
+
+
+_RANK_SHARE = 1e-10
+"""Share of the largest eigenvalue of ``R H Rᵀ`` below which R has nothing in a direction."""
 
 
 def _panel(n: int) -> int:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srr_dist.solve.grids import Grid, dequantize
+from srr_dist.solve.grids import Grid
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to H: what a few massive inputs leave of the others is noise below it."""
 
-_BLOCK = 128
+_RANGE = 32
+"""Inputs between which errors go one by one."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def feedback_of(H: Tensor) -> Feedback:
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
     backwards = order.flip(0)  # the Cholesky factor of the reversed matrix, reversed, is upper triangular
     factor, damping = _cholesky(H[backwards[:, None], backwards].double())
-    U = factor.flip(0, 1)
-    return Feedback(order, U.div_(U.diagonal().clone()).float(), damping)
+    factor.div_(factor.diagonal().clone())
+    return Feedback(order, factor.float().flip(0, 1), damping)
 
 
 def _cholesky(A: Tensor) -> tuple[Tensor, float]:
@@ -61,29 +62,32 @@ def _cholesky(A: Tensor) -> tuple[Tensor, float]:
 def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
     """Codes of ``W: [m, n]`` (float32) under given scales (bfloat16 ``[m, groups]``), int8 ``[m, n]``.
 
-    Works on inputs as rows, in blocks: inside a block errors reach the next input at once, and what lies after the
-    block in one product.
+    Works on inputs as rows. A range of inputs is rounded half by half, and between its halves the errors of the first
+    reach the targets of the second in one product; only inside a short range do they go from input to input.
     """
     m, n = W.shape
     low, high = grid.code_range
     order, U = feedback.order, feedback.U
-    weights = W.mT[order]
-    target = weights.clone()
+    delta = W.mT[order]  # holds weights until they are rounded, then errors
+    target = delta.clone()
     group = order // (n // scale.shape[1])
-    scales = scale.mT.contiguous()
+    steps = scale.float().mT[group]
     codes = torch.empty(n, m, dtype=torch.int8, device=W.device)
-    for start in range(0, n, _BLOCK):
-        stop = min(start + _BLOCK, n)
-        steps = scales[group[start:stop]]
-        delta = torch.empty(stop - start, m, device=W.device)
+
+    def round_range(start: int, stop: int) -> None:
+        if stop - start > _RANGE:
+            middle = start + max(_RANGE, (stop - start) // (2 * _RANGE) * _RANGE)
+            round_range(start, middle)
+            target[middle:stop].addmm_(U[start:middle, middle:stop].mT, delta[start:middle])
+            round_range(middle, stop)
+            return
         for j in range(start, stop):
-            step = steps[j - start]
-            code = torch.round(target[j] / step.float()).clamp_(low, high).to(torch.int8)
+            code = (target[j] / steps[j]).round_().clamp_(low, high)
             codes[j] = code
-            delta[j - start] = weights[j] - dequantize(code, step.unsqueeze(-1), torch.bfloat16)
-            target[j + 1 : stop].addr_(U[j, j + 1 : stop], delta[j - start])
-        if stop < n:
-            target[stop:] += U[start:stop, stop:].mT @ delta
+            delta[j] -= code.mul_(steps[j]).bfloat16()  # as readers will hold it
+            target[j + 1 : stop].addr_(U[j, j + 1 : stop], delta[j])
+
+    round_range(0, n)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored.mT.contiguous()

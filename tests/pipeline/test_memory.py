@@ -181,3 +181,9 @@ def test_rounding_with_feedback_needs_two_more_matrices_for_the_moment():
     plain, fed = (block_need(block(0), 0, workload(feedback=feedback)).solve for feedback in (False, True))
     assert fed - plain == 8 * 128 * 128
     assert block_need(block(0), 0, workload(feedback=True, scaling="diag")).solve < plain
+
+
+def test_rounding_beyond_the_adapter_keeps_a_moment_and_a_factor_more():
+    fed, both = (block_need(block(0), 0, workload(feedback=True, downdated=d)).solve for d in (False, True))
+    assert both > fed
+    assert block_need(block(0), 0, workload(downdated=True, scaling="diag")).solve < fed

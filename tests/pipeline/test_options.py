@@ -23,7 +23,11 @@ from tests.conftest import RayCluster
 from tests.families import build
 from tests.s3 import MotoServer, environment, set_variables
 
-DEFAULTS: dict[str, Any] = {"rank": 4, "num_samples": 4, "seq_len": 24, "split": "fixed:2"}
+DEFAULTS: dict[str, Any] = {
+    "rank": 4, "num_samples": 4, "seq_len": 24, "split": "fixed:2", "scales": "absmax", "iterations": 1,
+    "shrinkage": 0.0,
+}  # fmt: skip
+"""A plain run, so that each option can be told apart."""
 
 CHANGES: list[dict[str, Any]] = [
     {"method": "qer"},
@@ -35,14 +39,15 @@ CHANGES: list[dict[str, Any]] = [
     {"group_size": 16},
     {"group_size": -1},
     {"scales": "search"},
-    {"rounding": "gptq"},
+    {"rounding": "nearest"},
     {"rank": 5},
     {"split": "search"},
     {"split": "criterion"},
     {"split": "energy"},
     {"split": "fixed:1"},
-    {"form": "split"},
-    {"iterations": 2},
+    {"form": "split", "iterations": 0},
+    {"iterations": 0},
+    {"rounding_metric": "full"},
     {"shrinkage": 0.3},
     {"scaling": "diag"},
     {"scaling": "lqer"},
@@ -122,6 +127,11 @@ def test_option_changes_fingerprint_and_bytes(solver, change):
     changed = solver.solve(**change)
     assert changed.fingerprint != solver.default.fingerprint
     assert changed.contents != solver.default.contents
+
+
+def test_form_changes_bytes(solver):
+    joint, split = solver.solve(iterations=0), solver.solve(iterations=0, form="split")
+    assert joint.contents != split.contents
 
 
 def test_another_model_or_text_changes_fingerprint_and_bytes(solver, tmp_path):

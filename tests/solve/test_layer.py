@@ -166,8 +166,12 @@ EFFECTS = {
     "split": "fixed:11",
     "form": "split",
     "iterations": 2,
+    "rounding_metric": "downdated",
     "seed": 1,
 }
+FED = SolveOptions("srr", Quantizer(GRID, rounding="gptq"), rank=8, split="criterion", iterations=3)
+STARTS = {"seed": replace(OPTIONS, split="criterion"), "rounding_metric": FED}
+"""Where an option that acts under few others has its effect: the criterion's N alone is random."""
 
 
 def test_effects_cover_every_option():
@@ -177,7 +181,7 @@ def test_effects_cover_every_option():
 @pytest.mark.parametrize("option", EFFECTS)
 def test_option_has_an_effect(option):
     W, H = weight(48, 64), moment("decaying", 64)
-    base = replace(OPTIONS, split="criterion") if option == "seed" else OPTIONS  # the criterion's N alone is random
+    base = STARTS.get(option, OPTIONS)
     first, second = solve(W, H, base), solve(W, H, replace(base, **{option: EFFECTS[option]}))
     assert first.result["k"] > 0
     assert not (torch.equal(first.codes, second.codes) and torch.equal(first.R, second.R))
@@ -341,6 +345,30 @@ def test_iterations_never_lose_and_keep_the_best(kind, rounding):
         assert 0 <= result["iteration"] <= count
         assert (result["iteration"] > 0) == (chosen[count] < chosen[0])
     assert chosen[3] < chosen[0] or rounding == "gptq"  # which may find the best at once
+
+
+@pytest.mark.parametrize("kind", ["decaying", "wide", "massive"])
+def test_rounding_beyond_the_adapter_has_less_error_than_rounding_in_the_whole_metric(kind):
+    W, H = weight(96, 128), moment(kind, 128)
+    full, beyond = (solve(W, H, replace(FED, rounding_metric=metric)) for metric in ("full", "downdated"))
+    assert beyond.result["objective"]["chosen"] < 0.97 * full.result["objective"]["chosen"]
+    exact = objective(W.double() - stored_weight(beyond, GRID), H)
+    assert beyond.result["objective"]["stored"] == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rounding_beyond_the_adapter_is_bitwise_the_same_again_and_for_any_threads(threads):
+    W, H = weight(96, 160), moment("decaying", 160)
+    options = replace(FED, rounding_metric="downdated")
+    first = with_threads(1, lambda: solve(W, H, options))
+    again = with_threads(threads, lambda: solve(W, H, options))
+    assert all(torch.equal(getattr(first, part), getattr(again, part)) for part in ("codes", "scale", "L", "R"))
+
+
+def test_diagonal_metric_is_never_downdated():
+    W, H = weight(48, 64), moment("diagonal", 64)
+    full, beyond = (solve(W, H, replace(FED, rounding_metric=metric)) for metric in ("full", "downdated"))
+    assert torch.equal(full.codes, beyond.codes) and torch.equal(full.R, beyond.R)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
