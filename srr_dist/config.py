@@ -173,8 +173,8 @@ class RunConfig:
         config = cls(QuantizeConfig(**parts[0]), JobConfig(**parts[1]))
         for name, value in (("model", config.quantize.model), ("output", config.job.output)):
             _require(bool(value), name, f"a location (--{name})", value)
-        fixed = config.quantize.form == "split" and config.quantize.iterations
-        _require(not fixed, "iterations", "0 (--iterations 0) with the split form", config.quantize.iterations)
+        form, iterations = config.quantize.form, config.quantize.iterations
+        _require(form == "joint" or not iterations, "iterations", "0 (--iterations 0) with the split form", iterations)
         needs_text = config.quantize.scaling != "identity" and config.quantize.method != "none"
         _require(
             bool(config.quantize.calibration) or not needs_text,

@@ -7,7 +7,6 @@ filling its disk.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -31,11 +30,11 @@ class Commits:
         run: whose units they are.
         area: where to.
         hardware: the worker's, in words.
+        scratch: a folder of the local disk, which holds files until they are uploaded.
     """
 
-    def __init__(self, run: Run, area: RunArea, hardware: str) -> None:
-        self._run, self._area, self._hardware = run, area, hardware
-        self._scratch = tempfile.TemporaryDirectory(prefix="srr-commit-")
+    def __init__(self, run: Run, area: RunArea, hardware: str, scratch: Path) -> None:
+        self._run, self._area, self._hardware, self._scratch = run, area, hardware, scratch
         self._uploader = ThreadPoolExecutor(1)
         self._under_way: dict[str, Future[BlockRecord]] = {}
 
@@ -94,7 +93,7 @@ class Commits:
         return self._area.commit(replace(draft, files=entries, seconds=seconds, finished=time.time()))
 
     def _write(self, attempt: str, name: str, tensors: Mapping[str, Tensor]) -> Path:
-        local = Path(self._scratch.name) / f"{attempt}-{name}"
+        local = self._scratch / f"{attempt}-{name}"
         content = {key: tensor.contiguous() for key, tensor in tensors.items()}
         safetensors.torch.save_file(content, local, metadata={"format": "pt"})
         return local

@@ -32,6 +32,8 @@ ATTEMPTS = 4
 """Failed attempts after which a unit is quarantined; blameless failures in a row after which a run gives up."""
 
 _ON_THE_WAY = {"reading", "calibrating"}
+"""What is done with a unit before sequences have passed it."""
+
 _BLAMELESS = {"preempted", "storage", "message"}
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 

@@ -87,7 +87,7 @@ class Stage(Pulse):
         self.boundaries = Boundaries(self.area)
         self.statistics = Statistics(run)
         self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
-        self.commits = Commits(run, self.area, device_name(self.device))
+        self.commits = Commits(run, self.area, device_name(self.device), Path(self.scratch.name))
         self.writers = ThreadPoolExecutor(_BOUNDARY_WRITERS)
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[dict[str, Tensor]]] = {}

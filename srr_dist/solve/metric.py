@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -78,7 +78,7 @@ class Metric:
             rest = self.H.double().addmm_(taken, taken.mT, alpha=-1.0)
         rest.diagonal().clamp_(min=0.0)
         metric = Metric.of(rest)
-        return Metric(metric.H, metric.unit * self.unit)
+        return replace(metric, unit=metric.unit * self.unit)
 
     def right(self, E: Tensor) -> Tensor:
         """``E H: [m, n]``."""
