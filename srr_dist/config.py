@@ -67,6 +67,8 @@ class QuantizeConfig:
         choices=ROUNDING_METRICS,
     )
     shrinkage: float = option(0.1, "share of the input moment's mean diagonal that is added to its diagonal")
+    tune_steps: int = option(0, "gradient steps that tune codes, scales and adapters against each block's output")
+    tune_batch: int = option(4, "calibration sequences of such a step")
     scaling: str = option("exact", "what weights the error: the input moment or a cheaper stand-in", choices=SCALINGS)
     calibration: str = option("", "text, jsonl, parquet, a folder of them, any fsspec URL, or a datasets id")
     num_samples: int = option(64, "calibration sequences")
@@ -88,8 +90,16 @@ class QuantizeConfig:
         )
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
+        _require(self.tune_steps >= 0, "tune_steps", "0 or more", self.tune_steps)
+        _require(self.tune_batch >= 1, "tune_batch", "at least 1", self.tune_batch)
         _require(0.0 <= self.shrinkage <= 10.0, "shrinkage", "a share from 0 to 10", self.shrinkage)
         _require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
+        _require(
+            self.num_samples >= 2 or not self.tune_steps,
+            "num_samples",
+            "2 or more with --tune-steps, which holds some out",
+            self.num_samples,
+        )
         _require(self.seq_len >= 2, "seq_len", "at least 2", self.seq_len)
         _require(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
         _require(0.0 <= self.max_bad_rows <= 1.0, "max_bad_rows", "a share from 0 to 1", self.max_bad_rows)
@@ -176,6 +186,7 @@ class RunConfig:
         form, iterations = config.quantize.form, config.quantize.iterations
         _require(form == "joint" or not iterations, "iterations", "0 (--iterations 0) with the split form", iterations)
         needs_text = config.quantize.scaling != "identity" and config.quantize.method != "none"
+        needs_text |= config.quantize.tune_steps > 0
         _require(
             bool(config.quantize.calibration) or not needs_text,
             "calibration",

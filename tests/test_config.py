@@ -40,6 +40,8 @@ REFUSED = [
     ("scales", "best", "one of absmax, search"),
     ("rounding", "yaqa", "one of nearest, gptq"),
     ("iterations", -1, "0 or more"),
+    ("tune_steps", -1, "0 or more"),
+    ("tune_batch", 0, "at least 1"),
     ("rounding_metric", "half", "one of full, downdated"),
     ("shrinkage", -0.1, "a share from 0 to 10"),
     ("shrinkage", float("nan"), "a share from 0 to 10"),
@@ -95,6 +97,15 @@ def test_wrong_value_is_refused_with_the_field_and_what_was_expected(name, value
     assert str(caught.value).startswith(f"{name}: ")
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_tuning_needs_text_and_sequences_to_hold_out():
+    with pytest.raises(ConfigError, match=r"^num_samples: expected 2 or more with --tune-steps"):
+        QuantizeConfig(num_samples=1, tune_steps=5)
+    plain = {key: value for key, value in COMPLETE.items() if key != "calibration"} | {"method": "none"}
+    with pytest.raises(ConfigError, match=r"^calibration: expected text"):
+        RunConfig.from_options(plain | {"tune_steps": 5})
+    RunConfig.from_options(plain)
 
 
 def test_iterations_need_the_joint_form():
@@ -158,7 +169,7 @@ CHANGES = {
     "method": "qer", "grid": "int", "bits": 4, "group_size": 64, "rank": 33, "split": "criterion", "form": "split",
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "shrinkage": 0.3,
-    "rounding_metric": "full",
+    "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -207,7 +218,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "82168540c714ec44e786c2577d82fb3b1b3ed94773df3484ec817fc4e4a82069"
+    assert fingerprint() == "a5ed4e44ee449267d976d5034332112b464b7f379198ce67abb0e0620f1309bd"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -154,9 +154,14 @@ def missing_units(run: Run, area: RunArea) -> dict[str, int]:
 
 
 def blocks_at_rest(run: Run) -> set[int]:
-    """Blocks that can be solved without a forward pass: nothing is calibrated, or all their moments are kept."""
+    """Blocks that can be solved without a forward pass: nothing is calibrated, or all their moments are kept.
+
+    Tuning needs the sequences themselves.
+    """
     if not run.calibrated:
         return {block.index for block in run.graph.blocks}
+    if run.config.tune_steps:
+        return set()
     kept = Statistics(run).available()
     needed = {
         block.index: {linear.input for linear in block.linears if linear.name in run.quantized}

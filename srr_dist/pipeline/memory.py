@@ -40,8 +40,10 @@ class Workload:
     """Whether moments are factored for rounding with error feedback."""
     downdated: bool = False
     """Whether that happens for each layer, beyond its adapter."""
+    tuned: bool = False
+    """Whether blocks are tuned against their outputs."""
     threads: int = 1
-    """Of a worker without a GPU: so many small layers are solved at once."""
+    """Of a worker without a GPU: so many small layers are solved at once, and sequences passed back."""
     copies: int = 1
     """Versions of each block held side by side: two while an original and a quantized model are compared."""
     outside: int = 0
@@ -88,6 +90,8 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
     forward = work.seq_len * (outputs * work.compute_bytes + 4 * max(inputs.values(), default=0))
     solve = max((_solve_bytes(linear.out_features, linear.in_features, work) for linear in layers), default=0)
     solve *= side_by_side(block, work.quantized, work.threads, on_gpu=work.on_gpu)
+    if work.tuned:
+        solve = max(solve, _tune_bytes(parameters(block), forward, 1 if work.on_gpu else work.threads))
     return Need(weights, source, moments, forward, solve)
 
 
@@ -147,6 +151,15 @@ def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> 
     if work.on_gpu:
         return host + work.outside, work.outside + weights + passing + (moments if placement == "device" else 0)
     return host + work.outside + weights + passing, 0
+
+
+def _tune_bytes(weights: int, forward: int, threads: int) -> int:
+    """What is alive while a block is tuned, in float32.
+
+    Latent values with their gradient and its two moments, weights to try, and the sum of gradients; each sequence that
+    is passed back has gradients of its own, and keeps what layers read.
+    """
+    return weights * 4 * (6 + threads) + threads * 3 * forward
 
 
 def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:

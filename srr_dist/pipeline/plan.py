@@ -52,7 +52,7 @@ class Plan:
             f"{config.rounding} rounding",
             f"method         {config.method}, rank {config.rank}, split {config.split}, {config.form} form, "
             f"{config.iterations} iterations in the {config.rounding_metric} metric, {config.scaling} scaling, "
-            f"shrinkage {config.shrinkage:g}",
+            f"shrinkage {config.shrinkage:g}, {config.tune_steps} tuning steps",
             f"calibration    {samples[0]} sequences of {samples[1]} tokens, forward passes in {dtype_name(run.dtype)}",
             f"workers        {self.cluster.workers} × ({self.cluster.cpus} CPU, {self.cluster.gpus} GPU)",
             f"windows        {len(self.windows)}, up to {holding.blocks} blocks per stage, "
@@ -82,6 +82,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         on_gpu=bool(cluster.gpus),
         feedback=run.config.rounding == "gptq",
         downdated=run.config.iterations > 0 and run.config.rounding_metric == "downdated",
+        tuned=run.config.tune_steps > 0,
         threads=cluster.cpus,
         outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),
     )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,16 +20,7 @@ from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.base import linear_tensors
 from srr_dist.pipeline.memory import side_by_side
 from srr_dist.pipeline.run import Run
-from srr_dist.solve import Metric, solve_layer
-
-
-@dataclass
-class Solved:
-    """What layers are stored as: tensors of ``base`` and ``adapter`` by name, and the layers' records."""
-
-    base: dict[str, Tensor] = field(default_factory=dict)
-    adapter: dict[str, Tensor] = field(default_factory=dict)
-    layers: list[dict[str, Any]] = field(default_factory=list)
+from srr_dist.solve import LayerSolution, Metric, Stored, remeasured, solve_layer
 
 
 def shared_inputs(block: Block, quantized: frozenset[str]) -> list[list[Linear]]:
@@ -50,7 +40,7 @@ class BlockSolver:
         run: selection and options.
         block: the block.
         weights: the source's tensors by name.
-        moments: by the input's name; taken out as they are used, none where nothing is calibrated.
+        moments: by the input's name, none where nothing is calibrated.
         device: where to compute.
     """
 
@@ -60,46 +50,55 @@ class BlockSolver:
     moments: dict[str, InputMoment]
     device: torch.device
 
-    def solve(self, threads: int) -> Solved:
-        """Solve every selected layer on that many CPU threads.
+    def solve(self, threads: int) -> dict[str, LayerSolution]:
+        """Solve every selected layer on that many CPU threads; by name, in the block's order.
 
         Raises:
             CalibrationError: too many of a layer's input rows were NaN or Inf.
         """
-        groups, whole = shared_inputs(self.block, self.run.quantized), Solved()
+        groups, found = shared_inputs(self.block, self.run.quantized), dict[str, LayerSolution]()
         at_once = side_by_side(self.block, self.run.quantized, threads, on_gpu=self.device.type != "cpu")
         for part in map(self._solve_group, groups) if at_once == 1 else self._pooled(groups, at_once, threads):
-            whole.base |= part.base
-            whole.adapter |= part.adapter
-            whole.layers += part.layers
-        return whole
+            found |= part
+        return found
 
-    def _pooled(self, groups: list[list[Linear]], at_once: int, threads: int) -> Iterator[Solved]:
+    def remeasure(
+        self, solutions: Mapping[str, LayerSolution], changed: Mapping[str, Stored]
+    ) -> dict[str, LayerSolution]:
+        """What the solutions are once these are stored instead."""
+        found = {}
+        for group in shared_inputs(self.block, self.run.quantized):
+            metric = self._metric(group[0])
+            for name in (linear.name for linear in group):
+                layer = changed[name].to(self.device)
+                found[name] = remeasured(self._weight(name), metric, solutions[name], layer, self.run.grid).to("cpu")
+        return found
+
+    def _pooled(self, groups: list[list[Linear]], at_once: int, threads: int) -> Iterator[dict[str, LayerSolution]]:
         with ThreadPoolExecutor(at_once, initializer=_one_thread) as pool:
             yield from pool.map(self._solve_group, groups)
         torch.set_num_threads(threads)  # one of its settings belongs to the process
 
-    def _solve_group(self, group: list[Linear]) -> Solved:
+    def _solve_group(self, group: list[Linear]) -> dict[str, LayerSolution]:
         """Solve layers that read one input."""
-        moment = self.moments.pop(group[0].input, None)
-        metric, found = self._metric(moment, group[0]), Solved()
-        for linear in group:
-            W = self.weights[f"{linear.name}.weight"].to(self.device)
-            solution = solve_layer(W, metric, linear.name, self.run.solve_options())
-            found.base |= linear_tensors(linear.name, solution.codes.cpu(), solution.scale.cpu(), self.run.config.bits)
-            found.adapter |= adapter_tensors(linear.name, solution.L.cpu(), solution.R.cpu())
-            found.layers.append(
-                solution.result
-                | {
-                    "block": self.block.index,
-                    "type": linear.name.removeprefix(f"{self.block.name}."),
-                    "tokens": moment.tokens if moment else 0,
-                    "excluded_rows": moment.excluded if moment else 0,
-                }
+        metric, found = self._metric(group[0]), dict[str, LayerSolution]()
+        moment = self.moments.get(group[0].input)
+        for name in (linear.name for linear in group):
+            solution = solve_layer(self._weight(name), metric, name, self.run.solve_options())
+            solution.result.update(
+                block=self.block.index,
+                type=name.removeprefix(f"{self.block.name}."),
+                tokens=moment.tokens if moment else 0,
+                excluded_rows=moment.excluded if moment else 0,
             )
+            found[name] = solution.to("cpu")
         return found
 
-    def _metric(self, moment: InputMoment | None, linear: Linear) -> Metric:
+    def _weight(self, name: str) -> Tensor:
+        return self.weights[f"{name}.weight"].to(self.device)
+
+    def _metric(self, linear: Linear) -> Metric:
+        moment = self.moments.get(linear.input)
         if moment is None:
             return Metric(torch.ones(linear.in_features, device=self.device))
         rows, allowed = moment.tokens + moment.excluded, self.run.config.max_bad_rows
@@ -109,6 +108,15 @@ class BlockSolver:
                 f"{allowed}; check the model and --dtype {self.run.config.dtype}, or raise --max-bad-rows"
             )
         return Metric.of(moment.value().to(self.device), self.run.config.shrinkage)
+
+
+def result_tensors(solutions: Mapping[str, Stored], bits: int) -> dict[str, dict[str, Tensor]]:
+    """What solved layers add to their block's files, ``base`` and ``adapter``."""
+    base, adapter = dict[str, Tensor](), dict[str, Tensor]()
+    for name, solution in solutions.items():
+        base |= linear_tensors(name, solution.codes, solution.scale, bits)
+        adapter |= adapter_tensors(name, solution.L, solution.R)
+    return {"base": base, "adapter": adapter}
 
 
 def _one_thread() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,20 +17,22 @@ from typing import Any
 
 import ray
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from srr_dist.calibration import InputMoment, accumulator_shape
+from srr_dist.calibration import InputMoment
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline import hidden_states
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Pulse
+from srr_dist.pipeline.collecting import Collector, KeptStates
 from srr_dist.pipeline.committing import Commits
 from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
 from srr_dist.pipeline.run import Run, unit_name
-from srr_dist.pipeline.solving import BlockSolver, shared_inputs
+from srr_dist.pipeline.solving import BlockSolver, result_tensors
 from srr_dist.pipeline.statistics import Statistics
+from srr_dist.pipeline.tuning import BlockTuner
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
 from srr_dist.store.records import REST
 
@@ -80,18 +81,20 @@ class Stage(Pulse):
     def __init__(self, run: Run, placement: str, threads: int) -> None:
         self.run = run
         self.threads = threads
-        self.placement = placement
         self.device = worker_device()
         self.decoder = Decoder(run.checkpoint, dtype=run.dtype, device=self.device)
         self.area = RunArea(ObjectStore(run.output, run.single_driver), run.fingerprint)
         self.boundaries = Boundaries(self.area)
         self.statistics = Statistics(run)
         self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
+        self.collector = Collector(run, placement, self.device, Path(self.scratch.name))
         self.commits = Commits(run, self.area, device_name(self.device), Path(self.scratch.name))
         self.writers = ThreadPoolExecutor(_BOUNDARY_WRITERS)
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self.held: dict[int, _Held] = {}
+        self.states: dict[int, KeptStates] = {}
+        """Before each block that will be tuned, and after it; by the index of the block they enter."""
         self.plan: StagePlan | None = None
         self.saved: dict[int, Future[str]] = {}
 
@@ -102,6 +105,7 @@ class Stage(Pulse):
         for index in list(self.held):
             self._drop(index)
         self.plan, self.saved = plan, {}
+        self.states = self.collector.states(plan.collect)
         for index in self.ahead.keys() - set(plan.blocks):
             del self.ahead[index]
         for index in plan.blocks:
@@ -122,7 +126,10 @@ class Stage(Pulse):
         """
         plan = self._plan()
         incoming = self._enter(sequences) if payload is None else hidden_states.unpack(payload, self.run.dtype)
-        outgoing = [self._through(hidden.to(self.device)) for hidden in incoming]
+        outgoing = [
+            self._through(sequence, hidden.to(self.device))
+            for sequence, hidden in zip(sequences, incoming, strict=True)
+        ]
         if plan.save is not None:
             for sequence, hidden in zip(sequences, outgoing, strict=True):
                 self.saved[sequence] = self.writers.submit(self.boundaries.save, plan.save, sequence, hidden.cpu())
@@ -187,8 +194,9 @@ class Stage(Pulse):
         tensors = begun.result() if begun else self._read(block.index)
         self.decoder.load_block(block.index, tensors)
         held = _Held(block, tensors if collect else {}, {})
-        if collect and self.run.calibrated:
-            self._attach_moments(held, listen=self._plan().passes)
+        if collect:
+            listening = self.decoder.linear_modules(block.index) if self._plan().passes else None
+            held.moments = self.collector.moments(block, listening)
         held.seconds = {"read": time.perf_counter() - started, "calibrate": 0.0}
         self.held[block.index] = held
 
@@ -198,35 +206,28 @@ class Stage(Pulse):
     def _solve(self, held: _Held, generation: int) -> None:
         started = time.perf_counter()
         solver = BlockSolver(self.run, held.block, held.source, held.moments, self.device)
-        solved = solver.solve(self.threads)
+        solutions = solver.solve(self.threads)
         held.seconds["solve"] = time.perf_counter() - started
-        replaced = {f"{layer['name']}.weight" for layer in solved.layers}
-        kept = {name: tensor for name, tensor in held.source.items() if name not in replaced}
+        if self.run.config.tune_steps and solutions:
+            started = time.perf_counter()
+            solutions = self._tuner(held).tune(solver, solutions)
+            held.seconds["tune"] = time.perf_counter() - started
+        kept = {name: tensor for name, tensor in held.source.items() if name.removesuffix(".weight") not in solutions}
+        tensors = result_tensors(solutions, self.run.config.bits)
         self.commits.begin(
             unit_name(held.block.index),
             generation,
-            {"base": kept | solved.base, "adapter": solved.adapter},
+            tensors | {"base": kept | tensors["base"]},
             held.source,
             held.seconds,
-            layers=solved.layers,
+            layers=[solution.result for solution in solutions.values()],
             stage=self._stage_record(),
         )
 
-    def _attach_moments(self, held: _Held, *, listen: bool) -> None:
-        """One moment per shared input; where they are to ``listen``, fed by a hook on the first layer that reads it."""
-        modules = self.decoder.linear_modules(held.block.index)
-        for shared in shared_inputs(held.block, self.run.quantized):
-            linear = shared[0]
-            moment = InputMoment(
-                linear.in_features, self.run.config.scaling, self.device, self._accumulator(linear.in_features)
-            )
-            held.moments[linear.input] = moment
-
-            def add(module: nn.Module, args: tuple[Tensor], moment: InputMoment = moment) -> None:
-                moment.update(args[0].reshape(-1, moment.features))
-
-            if listen:
-                modules[linear.input].register_forward_pre_hook(add)
+    def _tuner(self, held: _Held) -> BlockTuner:
+        index = held.block.index
+        inputs, targets = self.states[index], self.states[index + 1]
+        return BlockTuner(self.run, self.decoder, held.block, held.source, inputs, targets, self.threads)
 
     def _keep_moments(self, held: _Held) -> None:
         started = time.perf_counter()
@@ -241,19 +242,6 @@ class Stage(Pulse):
         held.seconds["read"] += time.perf_counter() - started
         return complete
 
-    def _accumulator(self, features: int) -> Tensor | None:
-        """Memory for a moment where the plan wants it; None for beside the weights."""
-        shape = accumulator_shape(features, self.run.config.scaling)
-        match self.placement:
-            case "device":
-                return None
-            case "host":
-                return torch.zeros(shape, dtype=torch.float64)
-        path = Path(self.scratch.name) / uuid.uuid4().hex
-        mapped = torch.from_file(str(path), shared=True, size=int(torch.Size(shape).numel()), dtype=torch.float64)
-        path.unlink()  # the mapping keeps the space until the tensor goes
-        return mapped.zero_().reshape(shape)
-
     def _enter(self, sequences: Sequence[int]) -> list[Tensor]:
         """Hidden states that enter the window, ``[1, T, d]`` each: embedded tokens, or the stored boundary."""
         start = self._plan().start
@@ -263,12 +251,16 @@ class Stage(Pulse):
         ids = torch.from_numpy(self.run.token_ids[list(sequences)]).to(self.device)
         return [self.decoder.embed(row.unsqueeze(0)) for row in ids]
 
-    def _through(self, hidden: Tensor) -> Tensor:
+    def _through(self, sequence: int, hidden: Tensor) -> Tensor:
         for index in self._plan().blocks:
             started = time.perf_counter()
+            if index in self.states:
+                self.states[index].keep(sequence, hidden)
             with blame(unit_name(index)):
                 hidden = self.decoder.run_block(index, hidden)
             self.held[index].seconds["calibrate"] += time.perf_counter() - started
+        if index + 1 in self.states:
+            self.states[index + 1].keep(sequence, hidden)
         return hidden
 
     def _stage_record(self) -> dict[str, Any]:

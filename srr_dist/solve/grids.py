@@ -38,6 +38,8 @@ class Grid(ABC):
     name: ClassVar[str]
     trials: ClassVar[tuple[float, ...]]
     """Multiples of a group's scale that are worth trying in its place."""
+    continuous: ClassVar[bool]
+    """Whether any positive bfloat16 is a scale, so that scales can be tuned."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -115,6 +117,7 @@ class MXIntGrid(Grid):
 
     name: ClassVar[str] = "mxint"
     trials: ClassVar[tuple[float, ...]] = (0.5, 2.0)
+    continuous: ClassVar[bool] = False
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -140,6 +143,7 @@ class IntGrid(Grid):
 
     name: ClassVar[str] = "int"
     trials: ClassVar[tuple[float, ...]] = tuple(1.0 - step / 32 for step in range(1, 19))
+    continuous: ClassVar[bool] = True
 
     @property
     def code_range(self) -> tuple[int, int]:

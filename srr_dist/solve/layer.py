@@ -7,12 +7,13 @@ factors to bfloat16 and measure with what will be stored.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from srr_dist.solve.grids import Grid
 from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, refit, start_directions
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.quantizer import Quantizer
@@ -53,13 +54,35 @@ class SolveOptions:
 
 
 @dataclass(frozen=True)
-class LayerSolution:
-    """A solved layer, in the types that are stored.
+class Stored:
+    """A layer in the types that are stored.
 
     Attributes:
         codes: int8 ``[m, n]``.
         scale: bfloat16 ``[m, groups]``.
-        L: bfloat16 ``[m, r]``; R: bfloat16 ``[r, n]``; columns and rows sorted by singular value. r = 0 for ``none``.
+        L: bfloat16 ``[m, r]``; R: bfloat16 ``[r, n]``. r = 0 without an adapter.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    L: Tensor
+    R: Tensor
+
+    def weight(self, grid: Grid) -> Tensor:
+        """``Q + L R``, float32 ``[m, n]``."""
+        return grid.dequantize(self.codes, self.scale).addmm_(self.L.float(), self.R.float())
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        tensors = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class LayerSolution(Stored):
+    """A solved layer; the columns of L and rows of R are sorted by singular value.
+
+    Attributes:
         singular_values: float32 ``[r]``, of ``L R S``.
         result: the layer's record, JSON values only: name, shape, rank, k, k_criterion, objective (``k0``,
             ``criterion``, ``chosen`` before and ``stored`` after the factors are rounded; ``tr(Δ H Δᵀ)``), energy
@@ -67,10 +90,6 @@ class LayerSolution:
             seed, damping, bits_per_weight, seconds.
     """
 
-    codes: Tensor
-    scale: Tensor
-    L: Tensor
-    R: Tensor
     singular_values: Tensor
     result: dict[str, Any]
 
@@ -166,7 +185,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
     problem = _Problem(W.float(), metric, name, options)
     chosen, objectives, k_criterion = _choose(problem)
     chosen = problem.alternated(chosen)
-    L, R = _stored_factors(chosen)
+    L, R = _stored_factors(chosen.L, chosen.R)
     stored = metric.remainder(problem.W - chosen.Q, chosen.error, L.float(), R.float())
     sigma = (chosen.energies * metric.unit).sqrt().float()
     m, n = W.shape
@@ -242,12 +261,32 @@ def _wanted_split(split: str, k_criterion: int, problem: _Problem) -> int | None
     raise ValueError(f"split: {split!r} is not a rule")
 
 
-def _stored_factors(candidate: _Candidate) -> tuple[Tensor, Tensor]:
+def remeasured(W: Tensor, metric: Metric, solution: LayerSolution, changed: Stored, grid: Grid) -> LayerSolution:
+    """What a solution is once its codes, scales and factors are others: factors sorted, its record measured again.
+
+    Args:
+        W: ``[m, n]``.
+        metric: the moment of the layer's input.
+        solution: what it found.
+        changed: what is to be stored instead.
+        grid: of the codes.
+    """
+    error = W.float() - grid.dequantize(changed.codes, changed.scale)
+    found = principal(changed.L.float(), changed.R.float(), metric)
+    L, R = _stored_factors(*found[:2])
+    stored = metric.remainder(error, metric.energy(error), L.float(), R.float())
+    sigma = (found[2] * metric.unit).sqrt().float()
+    objective = solution.result["objective"] | {"stored": metric.unit * stored}
+    result = solution.result | {"objective": objective, "singular_values": sigma.tolist()}
+    return LayerSolution(changed.codes, changed.scale, L, R, sigma, result)
+
+
+def _stored_factors(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """L and R in bfloat16, each pair of a column and a row of about equal length, as fine-tuning wants them.
 
     Once L is rounded, R is fitted to the rounded L, so that only R's own rounding is left: where the adapter captures
     nearly all of the energy (the first blocks), rounding both independently would decide the error.
     """
-    lengths = candidate.R.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-    L = (candidate.L * lengths).bfloat16()
-    return L, refit(L.float(), candidate.L, candidate.R).bfloat16()
+    lengths = R.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    stored = (L * lengths).bfloat16()
+    return stored, refit(stored.float(), L, R).bfloat16()

@@ -49,6 +49,7 @@ CHANGES: list[dict[str, Any]] = [
     {"iterations": 0},
     {"rounding_metric": "full"},
     {"shrinkage": 0.3},
+    {"tune_steps": 8, "tune_batch": 2, "seq_len": 64, "num_samples": 16},
     {"scaling": "diag"},
     {"scaling": "lqer"},
     {"scaling": "identity"},
@@ -132,6 +133,12 @@ def test_option_changes_fingerprint_and_bytes(solver, change):
 def test_form_changes_bytes(solver):
     joint, split = solver.solve(iterations=0), solver.solve(iterations=0, form="split")
     assert joint.contents != split.contents
+
+
+def test_tuning_steps_and_their_sequences_change_bytes(solver):
+    roomy = {"num_samples": 16, "seq_len": 64, "grid": "int", "rounding": "nearest", "iterations": 0}
+    found = [solver.solve(**roomy, tune_steps=steps, tune_batch=batch) for steps, batch in ((0, 4), (8, 4), (8, 2))]
+    assert len({solved.contents["adapter"] for solved in found}) == 3
 
 
 def test_another_model_or_text_changes_fingerprint_and_bytes(solver, tmp_path):

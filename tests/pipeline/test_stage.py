@@ -402,3 +402,57 @@ def test_layers_solved_side_by_side_are_stored_in_order_and_with_the_same_bytes(
     }
     assert [layer["name"] for layer in beside.layers] == [layer["name"] for layer in alone.layers]
     assert torch.get_num_threads() == threads
+
+
+def test_tuned_blocks_err_less_and_their_bytes_do_not_depend_on_threads(model, text, tmp_path):
+    tensors, records = [], []
+    for threads in (1, 2):
+        options = {"method": "qer", "rank": 1, "grid": "int", "scales": "absmax", "tune_steps": 20, "tune_batch": 3}
+        run = make_run(model, text, tmp_path / str(threads), bits=2, num_samples=16, seq_len=64, **options)
+        stage = Stage(run, "host", threads)
+        stage.open(one_stage())
+        stage.forward(range(0, 3), None)
+        stage.forward(range(3, 16), None)
+        stage.end_forward()
+        for index in (0, 1, 2):
+            commit(stage, index)
+        tensors.append([committed(run, stage, unit_name(i), kind) for i in range(3) for kind in ("base", "adapter")])
+        records.append([stage.area.records()[unit_name(index)] for index in range(3)])
+    for first, second in zip(*tensors, strict=True):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    for record in records[0]:
+        (tuning,) = {json.dumps(layer["tuning"]) for layer in record.layers}  # one per block
+        found = json.loads(tuning)
+        assert found["after"] < found["before"]
+        assert 0 < found["step"] <= 20
+        assert record.seconds["tune"] > 0.0
+
+
+def test_tuning_is_towards_the_original_blocks_output(model, text, tmp_path):
+    run = make_run(model, text, tmp_path / "out", bits=2, num_samples=8, tune_steps=10)
+    stage = calibrated(run)
+    inputs, targets = stage.states[1], stage.states[2]
+    solutions = BlockSolver(run, stage.held[1].block, stage.held[1].source, stage.held[1].moments, stage.device).solve(
+        1
+    )
+    commit(stage, 1)
+    (tuning,) = {json.dumps(layer["tuning"]) for layer in stage.area.records()["00001"].layers}
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).model
+    rotary = original.rotary_emb(inputs.load(0), torch.arange(LENGTH).unsqueeze(0))
+    block = original.layers[1]
+    with torch.no_grad():
+        y = block(inputs.load(7), position_embeddings=rotary)
+        assert torch.allclose(y, targets.load(7), atol=1e-5)
+        for name, solution in solutions.items():
+            block.get_submodule(name.partition("layers.1.")[2]).weight.copy_(solution.weight(run.grid))
+        off = block(inputs.load(7), position_embeddings=rotary) - y
+    before = float((off.square().mean(-1) / y.square().mean(-1)).mean())
+    assert json.loads(tuning)["before"] == pytest.approx(before, rel=1e-3)
+
+
+def test_states_are_kept_for_tuning_alone(model, text, tmp_path):
+    assert calibrated(make_run(model, text, tmp_path / "plain")).states == {}
+    stage = calibrated(make_run(model, text, tmp_path / "tuned", tune_steps=1), one_stage(collect=frozenset({1})))
+    assert sorted(stage.states) == [1, 2]
+    assert len(stage.states[1]) == SAMPLES
