@@ -15,7 +15,9 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,24 @@ from torch import Tensor
 
 from srr_dist.calibration import InputMoment
 from srr_dist.calibration.adapted import attach_adapters
+from srr_dist.calibration.block_error import OutputError
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, build_graph
 from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
 from srr_dist.pipeline.comparison import Comparison, compare
-from srr_dist.solve import LayerSolution, Metric, Quantizer, SolveOptions, make_grid, solve_layer
+from srr_dist.solve import (
+    LayerSolution,
+    Metric,
+    Quantizer,
+    SolveOptions,
+    Stored,
+    TuneOptions,
+    layer_seed,
+    make_grid,
+    solve_layer,
+    tune,
+)
 
 
 @dataclass(frozen=True)
@@ -40,16 +54,19 @@ class Recipe:
     options: SolveOptions
     scaling: str = "exact"
     shrinkage: float = 0.0
+    tune_steps: int = 0
 
 
-def recipes(bits: int, grid: str, group_size: int, rank: int) -> list[Recipe]:
+def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: int) -> list[Recipe]:
     """The ladder from weights only to the best that is known, at one bit width."""
     base = make_grid(grid, bits, group_size)
 
-    def recipe(name: str, method: str, *, scaling: str = "exact", shrinkage: float = 0.0, **choices: Any) -> Recipe:
+    def recipe(
+        name: str, method: str, *, scaling: str = "exact", shrinkage: float = 0.0, tuned: int = 0, **choices: Any
+    ) -> Recipe:
         quantizer = Quantizer(base, choices.pop("scales", "absmax"), choices.pop("rounding", "nearest"))
         options = SolveOptions(method, quantizer, 0 if method == "none" else rank, **choices)
-        return Recipe(f"{grid}{bits} {name}", options, scaling, shrinkage)
+        return Recipe(f"{grid}{bits} {name}", options, scaling, shrinkage, tuned)
 
     criterion: dict[str, Any] = {"split": "criterion"}
     searched: dict[str, Any] = {"scales": "search"}
@@ -74,6 +91,7 @@ def recipes(bits: int, grid: str, group_size: int, rank: int) -> list[Recipe]:
         recipe("SRR criterion + scales, λ, iterations, GPTQ, downdated", "srr", **criterion, **beyond),
         recipe("QER-exact + scales, λ, iterations, GPTQ, downdated", "qer", **beyond),
         recipe("SRR search + scales, λ, iterations, GPTQ, downdated", "srr", **beyond),
+        recipe(f"SRR criterion, all that, {tune_steps} steps", "srr", **criterion, **beyond, tuned=tune_steps),
     ]
 
 
@@ -82,7 +100,7 @@ class Row:
 
     def __init__(self, recipe: Recipe, hidden: list[Tensor]) -> None:
         self.recipe, self.hidden = recipe, list(hidden)
-        self.seconds, self.stored, self.weights, self.relative = 0.0, 0.0, 0, [0.0]
+        self.seconds, self.tuning, self.stored, self.weights, self.relative = 0.0, 0.0, 0.0, 0, [0.0]
         self.scores: list[Comparison] = []
 
     def solve(
@@ -101,6 +119,19 @@ class Row:
             solutions[linear.name] = solution
         return solutions
 
+    def tune(
+        self, block: Block, weights: dict[str, Tensor], solutions: Mapping[str, Stored], error: OutputError, count: int
+    ) -> Mapping[str, Stored]:
+        """The block tuned, where the recipe says so, over ``count`` sequences."""
+        if not self.recipe.tune_steps:
+            return solutions
+        started = time.perf_counter()
+        W = {name: weights[f"{name}.weight"] for name in solutions}
+        options = TuneOptions(self.recipe.tune_steps, seed=layer_seed(0, block.name))
+        found = tune(W, solutions, self.recipe.options.quantizer.grid, error, count, options)
+        self.tuning += time.perf_counter() - started
+        return found.layers
+
     def figures(self, kl_sequences: int) -> dict[str, float | str]:
         total = sum(self.scores, Comparison())
         return {
@@ -110,6 +141,7 @@ class Row:
             f"kl_{kl_sequences}": sum(self.scores[:kl_sequences], Comparison()).figures()["kl"],
             "mean_relative_objective": sum(self.relative) / (len(self.relative) - 1),
             "solve_seconds": self.seconds,
+            "tune_seconds": self.tuning,
         }
 
 
@@ -165,7 +197,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     rows = [
         Row(recipe, original)
         for bits in arguments.bits
-        for recipe in recipes(bits, arguments.grid, arguments.group_size, arguments.rank)
+        for recipe in recipes(bits, arguments.grid, arguments.group_size, arguments.rank, arguments.tune_steps)
         if any(word in recipe.name for word in arguments.only)
     ]
     kinds = {(row.recipe.scaling, row.recipe.shrinkage) for row in rows}
@@ -173,11 +205,21 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         started = time.perf_counter()
         weights = checkpoint.read(block.tensors)
         decoder.load_block(block.index, weights)
-        hidden, metrics = calibrate(decoder, block, hidden, kinds)
+        inputs = hidden
+        hidden, metrics = calibrate(decoder, block, inputs, kinds)
         original = [decoder.run_block(block.index, h) for h in original]
         decoder.drop_block(block.index)
         for row in rows:
-            solutions = row.solve(block, weights, metrics)
+            other.load_block(block.index, weights)
+            other.run_block(block.index, inputs[0])  # records its call before threads ask for it
+            error = OutputError(
+                partial(other.run_block, block.index),
+                other.linear_modules(block.index),
+                inputs.__getitem__,
+                hidden.__getitem__,
+                torch.get_num_threads(),
+            )
+            solutions = row.tune(block, weights, row.solve(block, weights, metrics), error, len(inputs))
             quantized = {
                 f"{name}.weight": row.recipe.options.quantizer.grid.dequantize(s.codes, s.scale)
                 for name, s in solutions.items()
@@ -199,13 +241,13 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
 def table(rows: list[dict[str, float | str]], kl_samples: int) -> str:
     lines = [
         f"| recipe | bits per weight | KL ({kl_samples} sequences) | KL | perplexity | top-1 agreement | "
-        "mean relative objective | solve, s |",
-        "|---|---|---|---|---|---|---|---|",
+        "mean relative objective | solve, s | tune, s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['recipe']} | {row['bits_per_weight']:.2f} | {row[f'kl_{kl_samples}']:.3f} | {row['kl']:.3f} | "
         f"{row['perplexity']:.1f} | {row['top1_agreement']:.3f} | {row['mean_relative_objective']:.4f} | "
-        f"{row['solve_seconds']:.0f} |"
+        f"{row['solve_seconds']:.0f} | {row['tune_seconds']:.0f} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -224,6 +266,7 @@ def main() -> None:
     parser.add_argument("--grid", default="mxint")
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--tune-steps", type=int, default=24, help="of the recipe that is tuned")
     parser.add_argument("--only", nargs="+", default=[""], help="recipes whose name holds one of these")
     parser.add_argument("--output", type=Path, help="JSON with the figures, the versions and the machine")
     arguments = parser.parse_args()

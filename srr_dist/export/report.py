@@ -100,6 +100,9 @@ def _tiles(report: Record) -> Html:
             f"{plain(gain, 2)}{NBSP}× the error of k{NBSP}={NBSP}0",
         ),
     ]
+    if tuned := [layer["tuning"] for layer in layers if "tuning" in layer]:
+        rest = median(ratio(number(tuning, "after"), number(tuning, "before")) for tuning in tuned)
+        tiles.append(("tuning", f"{plain(rest, 2)}{NBSP}×", "median of the blocks' errors after by before"))
     if report["evaluations"]:
         first = report["evaluations"][0]
         original = plain(number(first, "perplexity_original"), 4)

@@ -104,7 +104,8 @@ def _stages(records: list[BlockRecord]) -> list[dict[str, Any]]:
             "device": group[0].stage["device"],
             "seconds": {
                 phase: sum(record.seconds.get(phase, 0.0) for record in group)
-                for phase in ("read", "calibrate", "solve", "write")
+                for phase in ("read", "calibrate", "solve", "tune", "write")
+                if phase != "tune" or any(phase in record.seconds for record in group)
             },
             "peak_memory": max(_memory(record.stage["peak_memory"]) for record in group),
             "planned_memory": _memory(group[0].stage["planned_memory"]),

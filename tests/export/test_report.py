@@ -233,6 +233,14 @@ def test_page_is_the_same_bytes_for_the_same_report() -> None:
     assert report == before
 
 
+def test_page_of_tuned_blocks_says_what_is_left_of_their_error() -> None:
+    report = make_report()
+    assert "tuning" not in read(report).text
+    for entry in report["layers"]:
+        entry["tuning"] = {"step": 20, "before": 0.04, "after": 0.03}
+    assert "0.75 ×" in read(report).text
+
+
 def test_page_of_method_none_has_no_split_and_no_spectra() -> None:
     page = read(make_report(rank=0))
     assert page.classes["rect.cell"] == page.classes["path.spectrum"] == page.classes["path.criterion"] == 0
