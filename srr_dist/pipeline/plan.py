@@ -39,6 +39,13 @@ class Plan:
             "result written": output_bytes(self.run),
         }
 
+    def scratch_bytes(self) -> int:
+        """Local disk that a worker needs for the hidden states it tunes with: before and after each block it holds."""
+        if not self.run.config.tune_steps:
+            return 0
+        states = self.run.token_ids.size * hidden_size(self.run.checkpoint) * self.run.dtype.itemsize
+        return int(states) * (self.holding.blocks + 1)
+
     def describe(self) -> str:
         """The plan for a person."""
         run, holding = self.run, self.holding
@@ -62,6 +69,8 @@ class Plan:
             f"memory         {place} per worker: {gib(count)} planned, {gib(allowed)} allowed"
             for place, count, allowed in _places(self.planned_memory(), self.cluster.budget)
         ]
+        if scratch := self.scratch_bytes():
+            lines.append(f"scratch        {gib(scratch)} of local disk per worker, hidden states for tuning")
         lines += [f"{name:<30} {gib(count)}" for name, count in self.traffic().items()]
         lines += [f"window {i:<3} {describe_window(window)}" for i, window in enumerate(self.windows)]
         return "\n".join(lines)

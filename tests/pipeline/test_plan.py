@@ -146,3 +146,14 @@ def test_fingerprint_depends_on_contents_and_not_on_places(model, text, tmp_path
     assert make_run(elsewhere, copy).fingerprint != original.fingerprint
     other = build("llama", tmp_path / "other", num_hidden_layers=6, initializer_range=0.2)
     assert make_run(other, text).fingerprint != original.fingerprint
+
+
+def test_tuning_is_planned_for(model, text):
+    plain, tuned = (plan(make_run(model, text, tune_steps=steps)) for steps in (0, 5))
+    run = tuned.run
+    states = run.token_ids.size * run.checkpoint.config.hidden_size * 4
+    assert plain.scratch_bytes() == 0
+    assert tuned.scratch_bytes() == 5 * states  # before each of four blocks and after the last
+    assert "scratch" not in plain.describe()
+    assert "of local disk per worker" in tuned.describe()
+    assert tuned.holding.host_bytes > plain.holding.host_bytes
