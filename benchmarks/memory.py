@@ -93,8 +93,8 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 24])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=2816)
-    parser.add_argument("--options", nargs="*", default=[], help="more options for quantize")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="last: more options for quantize")
     arguments = parser.parse_args()
     rows = {}
     print("| blocks | source, MiB | peak of the process tree, MiB | largest process, MiB |\n|---|---|---|---|")
@@ -105,7 +105,7 @@ def main() -> None:
             model = write_checkpoint(Path(scratch, f"model-{depth}"), depth, arguments.hidden, arguments.intermediate)
             command = [sys.executable, "-m", "srr_dist.quantize", "--model", str(model), "--calibration", str(text)]
             command += ["--output", str(Path(scratch, f"out-{depth}")), "--num-samples", "8", "--seq-len", "256"]
-            tree, largest = peak_of_tree([*command, "--split", "criterion", *arguments.options])
+            tree, largest = peak_of_tree([*command, *arguments.options])
             source = sum(path.stat().st_size for path in model.glob("*.safetensors"))
             rows[depth] = {"source": source, "tree": tree, "largest": largest}
             print(f"| {depth} | {source / 2**20:.0f} | {tree / 2**20:.0f} | {largest / 2**20:.0f} |", flush=True)

@@ -120,15 +120,30 @@ class Row:
         return solutions
 
     def tune(
-        self, block: Block, weights: dict[str, Tensor], solutions: Mapping[str, Stored], error: OutputError, count: int
+        self,
+        decoder: Decoder,
+        block: Block,
+        weights: dict[str, Tensor],
+        solutions: Mapping[str, Stored],
+        inputs: list[Tensor],
+        targets: list[Tensor],
     ) -> Mapping[str, Stored]:
-        """The block tuned, where the recipe says so, over ``count`` sequences."""
+        """The block tuned, where the recipe says so, towards the original's outputs for these inputs."""
         if not self.recipe.tune_steps:
             return solutions
         started = time.perf_counter()
+        decoder.load_block(block.index, weights)
+        decoder.run_block(block.index, inputs[0])  # records its call before threads ask for it
+        error = OutputError(
+            partial(decoder.run_block, block.index),
+            decoder.linear_modules(block.index),
+            inputs.__getitem__,
+            targets.__getitem__,
+            torch.get_num_threads(),
+        )
         W = {name: weights[f"{name}.weight"] for name in solutions}
         options = TuneOptions(self.recipe.tune_steps, seed=layer_seed(0, block.name))
-        found = tune(W, solutions, self.recipe.options.quantizer.grid, error, count, options)
+        found = tune(W, solutions, self.recipe.options.quantizer.grid, error, len(inputs), options)
         self.tuning += time.perf_counter() - started
         return found.layers
 
@@ -210,16 +225,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         original = [decoder.run_block(block.index, h) for h in original]
         decoder.drop_block(block.index)
         for row in rows:
-            other.load_block(block.index, weights)
-            other.run_block(block.index, inputs[0])  # records its call before threads ask for it
-            error = OutputError(
-                partial(other.run_block, block.index),
-                other.linear_modules(block.index),
-                inputs.__getitem__,
-                hidden.__getitem__,
-                torch.get_num_threads(),
-            )
-            solutions = row.tune(block, weights, row.solve(block, weights, metrics), error, len(inputs))
+            solutions = row.tune(other, block, weights, row.solve(block, weights, metrics), inputs, hidden)
             quantized = {
                 f"{name}.weight": row.recipe.options.quantizer.grid.dequantize(s.codes, s.scale)
                 for name, s in solutions.items()

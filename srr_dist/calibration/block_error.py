@@ -6,14 +6,12 @@ on how many threads there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-T = TypeVar("T")
+from srr_dist.threads import side_by_side
 
 
 class OutputError:
@@ -27,7 +25,7 @@ class OutputError:
         linears: full name -> module of the layers whose weights are given.
         inputs: of a sequence, ``[1, T, d]``.
         targets: the original block's output for it, ``[1, T, d]``.
-        threads: sequences at once.
+        at_once: sequences side by side.
     """
 
     def __init__(
@@ -36,16 +34,16 @@ class OutputError:
         linears: Mapping[str, nn.Linear],
         inputs: Callable[[int], Tensor],
         targets: Callable[[int], Tensor],
-        threads: int = 1,
+        at_once: int = 1,
     ) -> None:
         self._run, self._linears, self._inputs, self._targets = run, linears, inputs, targets
-        self._threads = threads
+        self._at_once = at_once
 
     def value(self, weights: Mapping[str, Tensor], sequences: Sequence[int]) -> float:
         """The mean over the sequences."""
-        with torch.no_grad():
-            self._put(weights)
-            return sum(float(loss) for loss in self._each(self._loss, sequences)) / len(sequences)
+        self._put(weights)
+        losses = side_by_side(self._loss, sequences, self._at_once)
+        return sum(float(loss) for loss in losses) / len(sequences)
 
     def gradients(self, weights: Mapping[str, Tensor], sequences: Sequence[int]) -> Mapping[str, Tensor]:
         """The gradient of that mean by each weight, float32 ``[m, n]``."""
@@ -56,7 +54,7 @@ class OutputError:
             with torch.enable_grad():
                 return torch.autograd.grad(self._loss(sequence), leaves)
 
-        for found in self._each(slopes, sequences):
+        for found in side_by_side(slopes, sequences, self._at_once):
             for name, slope in zip(weights, found, strict=True):
                 total[name].add_(slope, alpha=1.0 / len(sequences))
         return total
@@ -72,9 +70,3 @@ class OutputError:
         inputs, target = self._inputs(sequence), self._targets(sequence).float()
         error = self._run(inputs).float() - target
         return (error.square().mean(-1) / target.square().mean(-1).clamp_min(1e-12)).mean()
-
-    def _each(self, function: Callable[[int], T], sequences: Iterable[int]) -> Iterator[T]:
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(function, sequences)
-        torch.set_num_threads(threads)  # one of its settings belongs to the process

@@ -40,6 +40,10 @@ class Workload:
     """Whether moments are factored for rounding with error feedback."""
     downdated: bool = False
     """Whether that happens for each layer, beyond its adapter."""
+    bits: int = 0
+    """Of a code."""
+    rank: int = 0
+    """Of the adapters."""
     tuned: bool = False
     """Whether blocks are tuned against their outputs."""
     threads: int = 1
@@ -60,6 +64,8 @@ class Need:
     moments: int
     forward: int
     solve: int
+    results: int = 0
+    """Host memory of what was solved, until it is durable."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,11 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
     outputs = sum(linear.out_features for linear in block.linears) + 8 * work.hidden_size
     forward = work.seq_len * (outputs * work.compute_bytes + 4 * max(inputs.values(), default=0))
     solve = max((_solve_bytes(linear.out_features, linear.in_features, work) for linear in layers), default=0)
-    solve *= side_by_side(block, work.quantized, work.threads, on_gpu=work.on_gpu)
+    solve *= layers_at_once(block, work.quantized, work.threads, on_gpu=work.on_gpu)
     if work.tuned:
         solve = max(solve, _tune_bytes(parameters(block), forward, 1 if work.on_gpu else work.threads))
-    return Need(weights, source, moments, forward, solve)
+    results = sum(_result_bytes(linear.out_features, linear.in_features, work) for linear in layers)
+    return Need(weights, source, moments, forward, solve, results)
 
 
 def choose_holding(
@@ -120,7 +127,7 @@ def choose_holding(
     )
 
 
-def side_by_side(block: Block, quantized: frozenset[str], threads: int, *, on_gpu: bool) -> int:
+def layers_at_once(block: Block, quantized: frozenset[str], threads: int, *, on_gpu: bool) -> int:
     """How many layers of a block are solved at once.
 
     A layer of a small model is too little work for several threads; a large one keeps them busy by itself.
@@ -147,7 +154,8 @@ def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> 
     weights = sum(need.weights for need in largest)
     moments = sum(need.moments for need in largest)
     passing = max(max(need.forward, need.solve) for need in needs)
-    host = PROCESS_BYTES + sum(need.source for need in largest) + (moments if placement == "host" else 0)
+    results = max(need.results for need in needs)
+    host = PROCESS_BYTES + results + sum(need.source for need in largest) + (moments if placement == "host" else 0)
     if work.on_gpu:
         return host + work.outside, work.outside + weights + passing + (moments if placement == "device" else 0)
     return host + work.outside + weights + passing, 0
@@ -171,3 +179,9 @@ def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:
     if work.scaling != "exact":
         return weights + in_features * 12
     return weights + in_features * in_features * (12 + 8 * work.feedback + 8 * work.downdated)
+
+
+def _result_bytes(out_features: int, in_features: int, work: Workload) -> int:
+    """Codes of a byte each with their adapter, and what is packed of this block and of the one that is uploaded."""
+    adapter = 2 * min(work.rank, out_features, in_features) * (out_features + in_features)
+    return out_features * in_features * (4 + work.bits) // 4 + 3 * adapter

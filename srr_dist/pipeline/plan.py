@@ -82,6 +82,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
     Raises:
         ConfigError: one block alone does not fit.
     """
+    rank = adapter_rank(run)
     work = Workload(
         seq_len=run.token_ids.shape[1],
         hidden_size=hidden_size(run.checkpoint),
@@ -90,7 +91,9 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         quantized=run.quantized,
         on_gpu=bool(cluster.gpus),
         feedback=run.config.rounding == "gptq",
-        downdated=run.config.iterations > 0 and run.config.rounding_metric == "downdated",
+        downdated=rank > 0 and run.config.iterations > 0 and run.config.rounding_metric == "downdated",
+        bits=run.config.bits,
+        rank=rank,
         tuned=run.config.tune_steps > 0,
         threads=cluster.cpus,
         outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),
@@ -128,9 +131,14 @@ def hidden_size(checkpoint: Checkpoint) -> int:
     return int(checkpoint.config.get_text_config().hidden_size)
 
 
+def adapter_rank(run: Run) -> int:
+    """Rank of the adapters, where layers are wide enough for it."""
+    return 0 if run.config.method == "none" else run.config.rank
+
+
 def output_bytes(run: Run) -> int:
     """Bytes of the packed layers and their adapters; what else a block holds is small."""
-    rank = 0 if run.config.method == "none" else run.config.rank
+    rank = adapter_rank(run)
     total = 0.0
     for linear in (linear for block in run.graph.blocks for linear in block.linears if linear.name in run.quantized):
         m, n = linear.out_features, linear.in_features

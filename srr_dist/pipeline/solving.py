@@ -6,8 +6,7 @@ each on one thread. A layer's bits do not depend on the number of threads, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +17,10 @@ from srr_dist.checkpoint.graph import Block, Linear
 from srr_dist.errors import CalibrationError
 from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.base import linear_tensors
-from srr_dist.pipeline.memory import side_by_side
+from srr_dist.pipeline.memory import layers_at_once
 from srr_dist.pipeline.run import Run
 from srr_dist.solve import LayerSolution, Metric, Stored, remeasured, solve_layer
+from srr_dist.threads import side_by_side
 
 
 def shared_inputs(block: Block, quantized: frozenset[str]) -> list[list[Linear]]:
@@ -57,8 +57,9 @@ class BlockSolver:
             CalibrationError: too many of a layer's input rows were NaN or Inf.
         """
         groups, found = shared_inputs(self.block, self.run.quantized), dict[str, LayerSolution]()
-        at_once = side_by_side(self.block, self.run.quantized, threads, on_gpu=self.device.type != "cpu")
-        for part in map(self._solve_group, groups) if at_once == 1 else self._pooled(groups, at_once, threads):
+        at_once = layers_at_once(self.block, self.run.quantized, threads, on_gpu=self.device.type != "cpu")
+        one_by_one = at_once == 1  # on all threads
+        for part in map(self._solve_group, groups) if one_by_one else side_by_side(self._solve_group, groups, at_once):
             found |= part
         return found
 
@@ -73,11 +74,6 @@ class BlockSolver:
                 layer = changed[name].to(self.device)
                 found[name] = remeasured(self._weight(name), metric, solutions[name], layer, self.run.grid).to("cpu")
         return found
-
-    def _pooled(self, groups: list[list[Linear]], at_once: int, threads: int) -> Iterator[dict[str, LayerSolution]]:
-        with ThreadPoolExecutor(at_once, initializer=_one_thread) as pool:
-            yield from pool.map(self._solve_group, groups)
-        torch.set_num_threads(threads)  # one of its settings belongs to the process
 
     def _solve_group(self, group: list[Linear]) -> dict[str, LayerSolution]:
         """Solve layers that read one input."""
@@ -117,8 +113,3 @@ def result_tensors(solutions: Mapping[str, Stored], bits: int) -> dict[str, dict
         base |= linear_tensors(name, solution.codes, solution.scale, bits)
         adapter |= adapter_tensors(name, solution.L, solution.R)
     return {"base": base, "adapter": adapter}
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)

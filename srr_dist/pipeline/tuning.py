@@ -26,7 +26,7 @@ class BlockTuner:
         block: the block.
         weights: the source's tensors by name.
         inputs, targets: the original's hidden states before and after the block, of each sequence.
-        threads: sequences at once, 1 on a GPU.
+        threads: of the CPU; without a GPU, so many sequences are passed back at once.
     """
 
     run: Run
@@ -54,7 +54,7 @@ class BlockTuner:
             self.decoder.linear_modules(index),
             self.inputs.load,
             self.targets.load,
-            self.threads,
+            self.threads if device.type == "cpu" else 1,
         )
         tuned = tune(
             {name: self.weights[f"{name}.weight"].to(device) for name in solutions},

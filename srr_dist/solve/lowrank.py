@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srr_dist.solve.metric import CANCELLATION, Metric, eigh, gram, one_thread
+from srr_dist.solve.metric import CANCELLATION, Metric, eigh, gram
+from srr_dist.threads import one_thread
 
 OVERSAMPLING = 16
 TOLERANCE = 2e-4

@@ -7,8 +7,6 @@ float32 products do not (``lowrank.block_size`` keeps them wide).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from srr_dist.solve.rounding import Feedback, feedback_of
+from srr_dist.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -138,17 +137,6 @@ def inner(A: Tensor, B: Tensor) -> float:
     Rows first, so that the order of the additions is the same for any thread count.
     """
     return float((A * B).sum(-1, dtype=torch.float64).cpu().sum())
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run small factorizations on one CPU thread, so that their bits do not depend on the cores at hand."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def gram(A: Tensor, B: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from srr_dist.solve.grids import Grid
 from srr_dist.solve.layer import Stored
-from srr_dist.solve.metric import one_thread
+from srr_dist.threads import one_thread
 
 _CHECKS = 5
 """How often in a run the held-out error is taken."""
@@ -110,7 +110,8 @@ class TunedLayer:
     def step(self, gradient: Tensor, share: float) -> None:
         """Move against the gradient by the weight, ``[m, n]``, at this share of the first step's rates."""
         by_value, scale = self._grid.grouped(gradient), self._scale()
-        self._growth.grad = (by_value * self._codes()).sum(-1).mul_(scale)
+        if self._grid.continuous:
+            self._growth.grad = (by_value * self._codes()).sum(-1).mul_(scale)
         self._latent.grad = by_value * scale.unsqueeze(-1)
         with one_thread():
             self._L.grad, self._R.grad = gradient @ self._R.mT, self._L.mT @ gradient

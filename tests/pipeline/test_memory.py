@@ -20,8 +20,8 @@ from srr_dist.pipeline.memory import (
     Workload,
     block_need,
     choose_holding,
+    layers_at_once,
     parameters,
-    side_by_side,
 )
 
 MIB = 2**20
@@ -41,8 +41,10 @@ def workload(**changes) -> Workload:
     return replace(Workload(32, 64, 4, "exact", quantized, on_gpu=False), **changes)
 
 
-def need(weights: int = 100, source: int = 0, moments: int = 50, forward: int = 10, solve: int = 20) -> Need:
-    return Need(*(size * MIB for size in (weights, source, moments, forward, solve)))
+def need(
+    weights: int = 100, source: int = 0, moments: int = 50, forward: int = 10, solve: int = 20, results: int = 0
+) -> Need:
+    return Need(*(size * MIB for size in (weights, source, moments, forward, solve, results)))
 
 
 def hold(needs: list[Need], budget: Budget, most: int = 8, **work) -> Holding:
@@ -70,12 +72,18 @@ def test_need_counts_only_layers_that_are_quantized():
     assert found.moments == 8 * 64 * 64
     assert found.weights == block_need(block(0), 0, workload()).weights
     nothing = block_need(block(0), 0, workload(quantized=frozenset()))
-    assert (nothing.moments, nothing.solve) == (0, 0)
+    assert (nothing.moments, nothing.solve, nothing.results) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("change", "grows"),
-    [({"seq_len": 64}, {"forward"}), ({"compute_bytes": 8}, {"weights", "forward"}), ({"copies": 2}, {"weights"})],
+    [
+        ({"seq_len": 64}, {"forward"}),
+        ({"compute_bytes": 8}, {"weights", "forward"}),
+        ({"copies": 2}, {"weights"}),
+        ({"bits": 4}, {"results"}),
+        ({"rank": 8}, {"results"}),
+    ],
 )
 def test_need_grows_where_the_workload_does(change, grows):
     before, after = vars(block_need(block(0), 5, workload())), vars(block_need(block(0), 5, workload(**change)))
@@ -83,7 +91,7 @@ def test_need_grows_where_the_workload_does(change, grows):
     assert all(after[name] > before[name] for name in grows)
 
 
-@given(st.lists(st.builds(need, SIZES, SIZES, SIZES, SIZES, SIZES), min_size=1, max_size=8), st.integers(1, 8))
+@given(st.lists(st.builds(need, SIZES, SIZES, SIZES, SIZES, SIZES, SIZES), min_size=1, max_size=8), st.integers(1, 8))
 def test_peak_grows_with_the_blocks_held(needs, most):
     plenty = Budget(10**12, 10**12)
     for budget in (plenty, Budget(10**12, None)):
@@ -95,7 +103,7 @@ def test_peak_grows_with_the_blocks_held(needs, most):
 
 
 @given(
-    st.lists(st.builds(need, SIZES, SIZES, SIZES, SIZES, SIZES), min_size=1, max_size=8),
+    st.lists(st.builds(need, SIZES, SIZES, SIZES, SIZES, SIZES, SIZES), min_size=1, max_size=8),
     st.integers(1, 8),
     st.integers(0, 20000),
     st.one_of(st.none(), st.integers(0, 20000)),
@@ -170,10 +178,10 @@ def test_block_that_does_not_fit_is_named_with_the_option_and_both_sizes(budget,
 
 def test_small_layers_are_solved_side_by_side_and_need_so_much_more():
     quantized = workload().quantized
-    assert side_by_side(block(0), quantized, 1, on_gpu=False) == 1
-    assert side_by_side(block(0), quantized, 8, on_gpu=False) == 2  # inputs
-    assert side_by_side(block(0), quantized, 8, on_gpu=True) == 1
-    assert side_by_side(block(0, d=4096), quantized, 8, on_gpu=False) == 1
+    assert layers_at_once(block(0), quantized, 1, on_gpu=False) == 1
+    assert layers_at_once(block(0), quantized, 8, on_gpu=False) == 2  # inputs
+    assert layers_at_once(block(0), quantized, 8, on_gpu=True) == 1
+    assert layers_at_once(block(0, d=4096), quantized, 8, on_gpu=False) == 1
     assert block_need(block(0), 0, workload(threads=2)).solve == 2 * block_need(block(0), 0, workload()).solve
 
 

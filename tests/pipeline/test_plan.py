@@ -56,7 +56,7 @@ def test_windows_shrink_where_memory_is_short(model, text):
     need = max(plan(run).needs, key=lambda need: need.weights)
     outside = rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize)
     two_blocks = PROCESS_BYTES + outside + 2 * (need.weights + need.source + need.moments)
-    two_blocks += max(need.forward, need.solve)
+    two_blocks += max(need.forward, need.solve) + need.results
     found = plan(run, budget=Budget(two_blocks, None))
     assert found.holding.blocks == 2
     assert found.holding.host_bytes <= two_blocks < plan(run).holding.host_bytes

@@ -24,7 +24,7 @@ from srr_dist.export.adapter import lora_names
 from srr_dist.export.base import PACKED, SCALE, SHAPE
 from srr_dist.pipeline import prepare
 from srr_dist.pipeline.failures import UnitError
-from srr_dist.pipeline.memory import side_by_side
+from srr_dist.pipeline.memory import layers_at_once
 from srr_dist.pipeline.run import Run, unit_name
 from srr_dist.pipeline.solving import BlockSolver
 from srr_dist.pipeline.stage import Stage, StagePlan
@@ -393,7 +393,8 @@ def test_layers_solved_side_by_side_are_stored_in_order_and_with_the_same_bytes(
     alone = first.area.records()["00001"]
     second = calibrated(run)
     second.threads = threads
-    assert side_by_side(run.graph.blocks[1], run.quantized, threads, on_gpu=False) == min(threads, 4)
+    torch.set_num_threads(threads)
+    assert layers_at_once(run.graph.blocks[1], run.quantized, threads, on_gpu=False) == min(threads, 4)
     commit(second, 1, generation=2)
     beside = second.area.records()["00001"]
     assert beside.generation == 2
@@ -433,9 +434,8 @@ def test_tuning_is_towards_the_original_blocks_output(model, text, tmp_path):
     run = make_run(model, text, tmp_path / "out", bits=2, num_samples=8, tune_steps=10)
     stage = calibrated(run)
     inputs, targets = stage.states[1], stage.states[2]
-    solutions = BlockSolver(run, stage.held[1].block, stage.held[1].source, stage.held[1].moments, stage.device).solve(
-        1
-    )
+    held = stage.held[1]
+    solutions = BlockSolver(run, held.block, held.source, held.moments, stage.device).solve(threads=1)
     commit(stage, 1)
     (tuning,) = {json.dumps(layer["tuning"]) for layer in stage.area.records()["00001"].layers}
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).model

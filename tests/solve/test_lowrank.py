@@ -15,7 +15,7 @@ from srr_dist.solve.lowrank import (
     start_directions,
     uniform,
 )
-from srr_dist.solve.metric import Metric, eigh, inner, one_thread
+from srr_dist.solve.metric import Metric, eigh, inner
 from tests.solve.problems import (
     MOMENTS,
     SHAPES,
@@ -330,11 +330,3 @@ def test_eigh_is_descending_and_reconstructs():
     values, V = eigh(A)
     assert (values.diff() <= 0).all()
     torch.testing.assert_close((V * values) @ V.mT, A)
-
-
-def test_one_thread_restores_the_count_after_an_error():
-    before = torch.get_num_threads()
-    with pytest.raises(KeyError), one_thread():
-        assert torch.get_num_threads() == 1
-        raise KeyError
-    assert torch.get_num_threads() == before
