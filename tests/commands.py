@@ -56,10 +56,10 @@ def run(verb: str, *arguments: str, cwd: Path | None = None) -> Ended:
     return end(start(verb, *arguments, cwd=cwd))
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Wait for something that a command is to bring about while it runs."""
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait for something, which a command may be meant to bring about while it runs."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert process.poll() is None, f"ended too early: {end(process).err}"
+        assert process is None or process.poll() is None, f"ended too early: {end(process).err}"
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.005)

@@ -26,7 +26,7 @@ LATE_REFUSALS = [
     ({"group_size": 48}, "group_size: none of the 42 linear layers would be quantized"),
     ({"include": "nothing"}, "include"),
     ({"host_memory": "100MiB"}, "host_memory: one block at a time (model.layers."),
-    ({"workers": 1000}, "workers: 1000 asked for, but the cluster has 2 CPUs"),
+    ({"workers": 1000, "patience": 0}, "workers: 1000 asked for, but the cluster has 2 CPUs"),
 ]
 EARLY_REFUSALS = [
     ({"bits": 9}, "bits: expected 2 to 8, found 9"),

@@ -50,7 +50,8 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
     """Join the Ray cluster of ``--ray-address`` or RAY_ADDRESS, or start one in this process's machine.
 
     Raises:
-        ConfigError: no cluster answers at the address, or it has fewer GPUs (without any: CPUs) than ``--workers``.
+        ConfigError: no cluster answers at the address; it has nothing to work with; or this machine has fewer GPUs
+            (without any: CPUs) than ``--workers``.
     """
     address = job.ray_address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
@@ -71,7 +72,7 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"ray_address: no Ray cluster answers at {address!r}: {error}") from error
     try:
-        yield _survey(job)
+        yield _survey(job, job.patience if address else 0.0)
     finally:
         ray.shutdown()
 
@@ -83,21 +84,39 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
-def _survey(job: JobConfig) -> Cluster:
-    """Count the nodes' resources and share them among the workers."""
-    nodes = _nodes()
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    workers = job.workers or gpus or 1
-    most, kind = (gpus, "GPUs") if gpus else (sum(int(node["CPU"]) for node in nodes), "CPUs")
+def _survey(job: JobConfig, patience: float) -> Cluster:
+    """Count the nodes' resources and share them among the workers, once they have had ``patience`` seconds to come."""
+    most, kind = _room_for(max(job.workers, 1), patience)
+    workers = job.workers or (most if kind == "GPU" else 1)
     if workers > most:  # Ray would wait for more nodes without end
-        raise ConfigError(f"workers: {workers} asked for, but the cluster has {most} {kind}; ask for at most {most}")
-    if gpus:
+        missing = f"workers: {workers} asked for, but the cluster has {most} {kind}s"
+        if not (most and patience):
+            raise ConfigError(f"{missing}; ask for at most {most}")
+        log.warning("%s; going on with %d", missing, most)
+        workers = most
+    if kind == "GPU":
         return Cluster(workers, cpus=1, gpus=1, budget=_budget(job, per_node=1, gpus=1))
     if job.gpu_memory:
         log.warning("gpu_memory: the cluster has no GPUs, so %s has no effect", job.gpu_memory)
+    nodes = _nodes()
     per_node = -(-workers // len(nodes))
     cpus = max(1, int(min(node["CPU"] for node in nodes)) // per_node)
     return Cluster(workers, cpus, gpus=0, budget=_budget(job, per_node, gpus=0))
+
+
+def _room_for(workers: int, patience: float) -> tuple[int, str]:
+    """How many workers the nodes have room for, and by what kind of resource; waits for nodes if there are too few."""
+    begun, told = time.monotonic(), False
+    while True:
+        nodes = _nodes()
+        gpus = int(sum(node.get("GPU", 0) for node in nodes))
+        room, kind = (gpus, "GPU") if gpus else (sum(int(node["CPU"]) for node in nodes), "CPU")
+        if room >= workers or time.monotonic() - begun >= patience:
+            return room, kind
+        if not told:
+            log.warning("room for %d of %d workers; waiting for nodes, up to %.0f s", room, workers, patience)
+            told = True
+        time.sleep(POLL_SECONDS)
 
 
 def _nodes() -> list[dict[str, float]]:

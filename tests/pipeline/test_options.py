@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 
 from srr_dist.config import JobConfig, QuantizeConfig
@@ -19,6 +22,7 @@ from srr_dist.pipeline.memory import Budget
 from srr_dist.pipeline.prepare import make_run, open_sources
 from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.store import BlockRecord, RunArea, read_complete
+from tests.commands import wait_until
 from tests.conftest import RayCluster
 from tests.families import build
 from tests.s3 import MotoServer, environment, set_variables
@@ -241,6 +245,25 @@ def test_host_memory_is_a_share_of_what_is_free_unless_given(ray_cluster):
     assert 0 < 2 * budget.host < psutil.virtual_memory().total
 
 
-def test_more_workers_than_cpus_are_refused(ray_cluster):
+def test_more_workers_than_a_cluster_has_room_for_are_refused_without_patience(ray_cluster):
     with pytest.raises(ConfigError, match=r"^workers: 3 asked for, but the cluster has 2 CPUs"):
-        cluster_of(ray_cluster, workers=3, host_memory="1GiB")
+        cluster_of(ray_cluster, workers=3, host_memory="1GiB", patience=0.0)
+
+
+def test_with_patience_the_run_goes_on_with_fewer_workers(ray_cluster, caplog):
+    found = cluster_of(ray_cluster, workers=3, host_memory="1GiB", patience=0.1)
+    assert found == Cluster(2, 1, 0, Budget(2**30, None))
+    assert "workers: 3 asked for, but the cluster has 2 CPUs; going on with 2" in caplog.text
+
+
+def test_run_waits_for_a_node_that_is_on_its_way(ray_cluster, caplog):
+    command = ["ray", "start", f"--address={ray_cluster.address}", "--num-cpus=1", "--block"]
+    with subprocess.Popen([str(Path(sys.executable).with_name(command[0])), *command[1:]]) as node:
+        try:
+            found = cluster_of(ray_cluster, workers=3, host_memory="1GiB")
+        finally:
+            node.terminate()
+    assert found == Cluster(3, 1, 0, Budget(2**30, None))
+    assert "room for 2 of 3 workers; waiting for nodes" in caplog.text
+    with connected(JobConfig(ray_address=ray_cluster.address)):
+        wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)

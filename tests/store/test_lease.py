@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from srr_dist.errors import LeaseError, StoppedError
 from srr_dist.store import ObjectStore, RunArea, held_lease
 from srr_dist.store.documents import parse
 from srr_dist.store.lease import LeaseDocument
+from tests.commands import wait_until
 
 LEASE = f".srr/{FINGERPRINT}/lease.json"
 SHORT, LONG = 0.5, 600.0
@@ -31,13 +31,6 @@ def area(memory_store):
 
 def stored(area: RunArea) -> LeaseDocument:
     return parse(LeaseDocument, area.store.get(LEASE), LEASE)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)
 
 
 def test_lease_bytes_are_the_format():
