@@ -12,152 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
+from rows import Original, PeerRow, Row, SolvedRow, recipes
 from torch import Tensor
 
 from srr_dist.calibration import InputMoment
-from srr_dist.calibration.adapted import attach_adapters
-from srr_dist.calibration.block_error import OutputError
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, build_graph
 from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
-from srr_dist.pipeline.comparison import Comparison, compare
-from srr_dist.solve import (
-    LayerSolution,
-    Metric,
-    Quantizer,
-    SolveOptions,
-    Stored,
-    TuneOptions,
-    layer_seed,
-    make_grid,
-    solve_layer,
-    tune,
-)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the table."""
-
-    name: str
-    options: SolveOptions
-    scaling: str = "exact"
-    shrinkage: float = 0.0
-    tune_steps: int = 0
-
-
-def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: int) -> list[Recipe]:
-    """The ladder from weights only to the best that is known, at one bit width."""
-    base = make_grid(grid, bits, group_size)
-
-    def recipe(
-        name: str, method: str, *, scaling: str = "exact", shrinkage: float = 0.0, tuned: int = 0, **choices: Any
-    ) -> Recipe:
-        quantizer = Quantizer(base, choices.pop("scales", "absmax"), choices.pop("rounding", "nearest"))
-        options = SolveOptions(method, quantizer, 0 if method == "none" else rank, **choices)
-        return Recipe(f"{grid}{bits} {name}", options, scaling, shrinkage, tuned)
-
-    criterion: dict[str, Any] = {"split": "criterion"}
-    searched: dict[str, Any] = {"scales": "search"}
-    shrunk: dict[str, Any] = searched | {"shrinkage": 0.1}
-    fed: dict[str, Any] = shrunk | {"rounding": "gptq"}
-    again: dict[str, Any] = {"iterations": 3}
-    beyond: dict[str, Any] = fed | again | {"rounding_metric": "downdated"}
-    return [
-        recipe("weights only", "none"),
-        recipe("LQER", "qer", scaling="lqer"),
-        recipe("QER-exact", "qer"),
-        recipe("SRR criterion, split form", "srr", **criterion, form="split"),
-        recipe("SRR criterion", "srr", **criterion),
-        recipe("SRR search", "srr"),
-        recipe("weights only + scales", "none", **searched),
-        recipe("weights only + scales, λ, GPTQ", "none", **fed),
-        recipe("QER-exact + scales, λ, GPTQ", "qer", **fed),
-        recipe("SRR criterion + scales", "srr", **criterion, **searched),
-        recipe("SRR criterion + scales, λ", "srr", **criterion, **shrunk),
-        recipe("SRR criterion + scales, λ, iterations", "srr", **criterion, **shrunk, **again),
-        recipe("SRR criterion + scales, λ, iterations, GPTQ", "srr", **criterion, **fed, **again),
-        recipe("SRR criterion + scales, λ, iterations, GPTQ, downdated", "srr", **criterion, **beyond),
-        recipe("QER-exact + scales, λ, iterations, GPTQ, downdated", "qer", **beyond),
-        recipe("SRR search + scales, λ, iterations, GPTQ, downdated", "srr", **beyond),
-        recipe(f"SRR criterion, all that, {tune_steps} steps", "srr", **criterion, **beyond, tuned=tune_steps),
-    ]
-
-
-class Row:
-    """A recipe's evaluation stream and what its layers reported."""
-
-    def __init__(self, recipe: Recipe, hidden: list[Tensor]) -> None:
-        self.recipe, self.hidden = recipe, list(hidden)
-        self.seconds, self.tuning, self.stored, self.weights, self.relative = 0.0, 0.0, 0.0, 0, [0.0]
-        self.scores: list[Comparison] = []
-
-    def solve(
-        self, block: Block, weights: dict[str, Tensor], metrics: dict[tuple[str, str, float], Metric]
-    ) -> dict[str, LayerSolution]:
-        solutions, recipe = {}, self.recipe
-        for linear in block.linears:
-            W = weights[f"{linear.name}.weight"]
-            started = time.perf_counter()
-            metric = metrics[linear.input, recipe.scaling, recipe.shrinkage]
-            solution = solve_layer(W, metric, linear.name, recipe.options)
-            self.seconds += time.perf_counter() - started
-            self.stored += solution.result["bits_per_weight"] * W.numel()
-            self.weights += W.numel()
-            self.relative.append(solution.result["objective"]["stored"] / solution.result["energy"])
-            solutions[linear.name] = solution
-        return solutions
-
-    def tune(
-        self,
-        decoder: Decoder,
-        block: Block,
-        weights: dict[str, Tensor],
-        solutions: Mapping[str, Stored],
-        inputs: list[Tensor],
-        targets: list[Tensor],
-    ) -> Mapping[str, Stored]:
-        """The block tuned, where the recipe says so, towards the original's outputs for these inputs."""
-        if not self.recipe.tune_steps:
-            return solutions
-        started = time.perf_counter()
-        decoder.load_block(block.index, weights)
-        decoder.run_block(block.index, inputs[0])  # records its call before threads ask for it
-        error = OutputError(
-            partial(decoder.run_block, block.index),
-            decoder.linear_modules(block.index),
-            inputs.__getitem__,
-            targets.__getitem__,
-            torch.get_num_threads(),
-        )
-        W = {name: weights[f"{name}.weight"] for name in solutions}
-        options = TuneOptions(self.recipe.tune_steps, seed=layer_seed(0, block.name))
-        found = tune(W, solutions, self.recipe.options.quantizer.grid, error, len(inputs), options)
-        self.tuning += time.perf_counter() - started
-        return found.layers
-
-    def figures(self, kl_sequences: int) -> dict[str, float | str]:
-        total = sum(self.scores, Comparison())
-        return {
-            "recipe": self.recipe.name,
-            "bits_per_weight": self.stored / self.weights,
-            **total.figures(),
-            f"kl_{kl_sequences}": sum(self.scores[:kl_sequences], Comparison()).figures()["kl"],
-            "mean_relative_objective": sum(self.relative) / (len(self.relative) - 1),
-            "solve_seconds": self.seconds,
-            "tune_seconds": self.tuning,
-        }
+from srr_dist.pipeline.comparison import compare
+from srr_dist.solve import Metric
 
 
 def calibrate(
@@ -209,13 +81,15 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     hidden = [decoder.embed(row[None]) for row in calibration.ids]
     original = [decoder.embed(row[None]) for row in text.ids]
     decoder.drop_rest()
-    rows = [
-        Row(recipe, original)
-        for bits in arguments.bits
-        for recipe in recipes(bits, arguments.grid, arguments.group_size, arguments.rank, arguments.tune_steps)
+    chosen = {
+        recipe.name: recipe
+        for bits, group_size, rank in product(arguments.bits, arguments.group_size, arguments.rank)
+        for recipe in recipes(bits, arguments.grid, group_size, rank, arguments.tune_steps)
         if any(word in recipe.name for word in arguments.only)
-    ]
-    kinds = {(row.recipe.scaling, row.recipe.shrinkage) for row in rows}
+    }
+    rows: list[Row] = [SolvedRow(recipe, original) for recipe in chosen.values()]
+    rows += [PeerRow(folder, original) for folder in arguments.peers]
+    kinds = {(recipe.scaling, recipe.shrinkage) for recipe in chosen.values()}
     for block in graph.blocks:
         started = time.perf_counter()
         weights = checkpoint.read(block.tensors)
@@ -225,16 +99,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         original = [decoder.run_block(block.index, h) for h in original]
         decoder.drop_block(block.index)
         for row in rows:
-            solutions = row.tune(other, block, weights, row.solve(block, weights, metrics), inputs, hidden)
-            quantized = {
-                f"{name}.weight": row.recipe.options.quantizer.grid.dequantize(s.codes, s.scale)
-                for name, s in solutions.items()
-            }
-            module = other.load_block(block.index, weights | quantized)
-            factors = {name: (s.L, s.R) for name, s in solutions.items() if s.L.shape[1]}
-            attach_adapters(module, other.linear_modules(block.index), factors)
-            row.hidden = [other.run_block(block.index, h) for h in row.hidden]
-        other.drop_block(block.index)
+            row.advance(other, Original(block, weights, metrics, inputs, hidden))
         print(f"block {block.index} {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     decoder.load_head()
     for sequence, ids in enumerate(text.ids):
@@ -247,13 +112,13 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
 def table(rows: list[dict[str, float | str]], kl_samples: int) -> str:
     lines = [
         f"| recipe | bits per weight | KL ({kl_samples} sequences) | KL | perplexity | top-1 agreement | "
-        "mean relative objective | solve, s | tune, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "mean relative objective | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['recipe']} | {row['bits_per_weight']:.2f} | {row[f'kl_{kl_samples}']:.3f} | {row['kl']:.3f} | "
-        f"{row['perplexity']:.1f} | {row['top1_agreement']:.3f} | {row['mean_relative_objective']:.4f} | "
-        f"{row['solve_seconds']:.0f} | {row['tune_seconds']:.0f} |"
+        f"{row['perplexity']:.1f} | {row['top1_agreement']:.3f} | {row.get('mean_relative_objective', math.nan):.4f} | "
+        f"{row['seconds']:.0f} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -270,10 +135,11 @@ def main() -> None:
     parser.add_argument("--kl-samples", type=int, default=4, help="KL over the first of them as well")
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
     parser.add_argument("--grid", default="mxint")
-    parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--tune-steps", type=int, default=24, help="of the recipe that is tuned")
-    parser.add_argument("--only", nargs="+", default=[""], help="recipes whose name holds one of these")
+    parser.add_argument("--group-size", type=int, nargs="+", default=[32])
+    parser.add_argument("--rank", type=int, nargs="+", default=[32])
+    parser.add_argument("--tune-steps", type=int, nargs="*", default=[], help="a row more for each number of steps")
+    parser.add_argument("--only", nargs="*", default=[""], help="recipes whose name holds one of these")
+    parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders that peer.py wrote")
     parser.add_argument("--output", type=Path, help="JSON with the figures, the versions and the machine")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)

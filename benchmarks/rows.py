@@ -1,0 +1,199 @@
+"""The rows of ``quality.py``: recipes of ours, and what peers have left in folders."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from srr_dist.calibration.adapted import attach_adapters
+from srr_dist.calibration.block_error import OutputError
+from srr_dist.checkpoint.decoder import Decoder
+from srr_dist.checkpoint.graph import Block
+from srr_dist.pipeline.comparison import Comparison
+from srr_dist.solve import (
+    LayerSolution,
+    Metric,
+    Quantizer,
+    SolveOptions,
+    Stored,
+    TuneOptions,
+    layer_seed,
+    make_grid,
+    solve_layer,
+    tune,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table."""
+
+    name: str
+    options: SolveOptions
+    scaling: str = "exact"
+    shrinkage: float = 0.0
+    tune_steps: int = 0
+
+
+def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: Sequence[int]) -> list[Recipe]:
+    """The ladder from weights only to the best that is known, at one bit width, group size and rank."""
+    base = make_grid(grid, bits, group_size)
+
+    def recipe(
+        name: str, method: str, *, scaling: str = "exact", shrinkage: float = 0.0, tuned: int = 0, **choices: Any
+    ) -> Recipe:
+        quantizer = Quantizer(base, choices.pop("scales", "absmax"), choices.pop("rounding", "nearest"))
+        options = SolveOptions(method, quantizer, 0 if method == "none" else rank, **choices)
+        shape = f"{grid}{bits} g{group_size}" + (f" r{rank}" if options.rank else "")
+        return Recipe(f"{shape} {name}", options, scaling, shrinkage, tuned)
+
+    criterion: dict[str, Any] = {"split": "criterion"}
+    searched: dict[str, Any] = {"scales": "search"}
+    shrunk: dict[str, Any] = searched | {"shrinkage": 0.1}
+    fed: dict[str, Any] = shrunk | {"rounding": "gptq"}
+    again: dict[str, Any] = {"iterations": 3}
+    beyond: dict[str, Any] = fed | again | {"rounding_metric": "downdated"}
+    return [
+        recipe("weights only", "none"),
+        recipe("LQER", "qer", scaling="lqer"),
+        recipe("QER-exact", "qer"),
+        recipe("SRR criterion, split form", "srr", **criterion, form="split"),
+        recipe("SRR criterion", "srr", **criterion),
+        recipe("SRR search", "srr"),
+        recipe("weights only + scales", "none", **searched),
+        recipe("weights only + scales, λ, GPTQ", "none", **fed),
+        recipe("QER-exact + scales, λ, GPTQ", "qer", **fed),
+        recipe("SRR criterion + scales", "srr", **criterion, **searched),
+        recipe("SRR criterion + scales, λ", "srr", **criterion, **shrunk),
+        recipe("SRR criterion + scales, λ, iterations", "srr", **criterion, **shrunk, **again),
+        recipe("SRR criterion + scales, λ, iterations, GPTQ", "srr", **criterion, **fed, **again),
+        recipe("SRR criterion + scales, λ, iterations, GPTQ, downdated", "srr", **criterion, **beyond),
+        recipe("QER-exact + scales, λ, iterations, GPTQ, downdated", "qer", **beyond),
+        recipe("SRR search + scales, λ, iterations, GPTQ, downdated", "srr", **beyond),
+        *(recipe(f"SRR criterion, all that, {n} steps", "srr", **criterion, **beyond, tuned=n) for n in tune_steps),
+    ]
+
+
+@dataclass(frozen=True)
+class Original:
+    """A block of the original model, and its hidden states and metrics for the calibration sequences."""
+
+    block: Block
+    weights: dict[str, Tensor]
+    metrics: dict[tuple[str, str, float], Metric]
+    """By shared input, scaling and shrinkage."""
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Row:
+    """One stream of evaluation hidden states, and how far its logits are from the original's."""
+
+    def __init__(self, name: str, hidden: list[Tensor]) -> None:
+        self.name, self.hidden = name, list(hidden)
+        self.scores: list[Comparison] = []
+
+    def advance(self, decoder: Decoder, original: Original) -> None:
+        """Pass the evaluation sequences through this row's version of a block."""
+        raise NotImplementedError
+
+    def costs(self) -> dict[str, float]:
+        """Bits per weight, seconds and what else is known."""
+        raise NotImplementedError
+
+    def figures(self, kl_sequences: int) -> dict[str, float | str]:
+        """Everything the table has, by name."""
+        total = sum(self.scores, Comparison())
+        some = sum(self.scores[:kl_sequences], Comparison())
+        return {"recipe": self.name, **self.costs(), **total.figures(), f"kl_{kl_sequences}": some.figures()["kl"]}
+
+
+class SolvedRow(Row):
+    """A recipe of ours, solved block by block."""
+
+    def __init__(self, recipe: Recipe, hidden: list[Tensor]) -> None:
+        super().__init__(recipe.name, hidden)
+        self.recipe = recipe
+        self.solving, self.tuning, self.stored, self.weights = 0.0, 0.0, 0.0, 0
+        self.relative: list[float] = []
+
+    def advance(self, decoder: Decoder, original: Original) -> None:
+        block, grid = original.block, self.recipe.options.quantizer.grid
+        stored: Mapping[str, Stored] = self._solve(original)
+        if self.recipe.tune_steps:
+            stored = self._tune(decoder, original, stored)
+        quantized = {f"{name}.weight": grid.dequantize(layer.codes, layer.scale) for name, layer in stored.items()}
+        module = decoder.load_block(block.index, original.weights | quantized)
+        factors = {name: (layer.L, layer.R) for name, layer in stored.items() if layer.L.shape[1]}
+        attach_adapters(module, decoder.linear_modules(block.index), factors)
+        self.hidden = [decoder.run_block(block.index, h) for h in self.hidden]
+        decoder.drop_block(block.index)
+
+    def costs(self) -> dict[str, float]:
+        return {
+            "bits_per_weight": self.stored / self.weights,
+            "mean_relative_objective": sum(self.relative) / len(self.relative),
+            "seconds": self.solving + self.tuning,
+            "tune_seconds": self.tuning,
+        }
+
+    def _solve(self, original: Original) -> dict[str, LayerSolution]:
+        solutions, recipe = {}, self.recipe
+        started = time.perf_counter()
+        for linear in original.block.linears:
+            W = original.weights[f"{linear.name}.weight"]
+            metric = original.metrics[linear.input, recipe.scaling, recipe.shrinkage]
+            solution = solve_layer(W, metric, linear.name, recipe.options)
+            self.stored += solution.result["bits_per_weight"] * W.numel()
+            self.weights += W.numel()
+            self.relative.append(solution.result["objective"]["stored"] / solution.result["energy"])
+            solutions[linear.name] = solution
+        self.solving += time.perf_counter() - started
+        return solutions
+
+    def _tune(self, decoder: Decoder, original: Original, starts: Mapping[str, Stored]) -> Mapping[str, Stored]:
+        started = time.perf_counter()
+        block, inputs = original.block, original.inputs
+        decoder.load_block(block.index, original.weights)
+        decoder.run_block(block.index, inputs[0])  # records its call before threads ask for it
+        error = OutputError(
+            partial(decoder.run_block, block.index),
+            decoder.linear_modules(block.index),
+            inputs.__getitem__,
+            original.outputs.__getitem__,
+            torch.get_num_threads(),
+        )
+        W = {name: original.weights[f"{name}.weight"] for name in starts}
+        options = TuneOptions(self.recipe.tune_steps, seed=layer_seed(0, block.name))
+        found = tune(W, starts, self.recipe.options.quantizer.grid, error, len(inputs), options)
+        self.tuning += time.perf_counter() - started
+        return found.layers
+
+
+class PeerRow(Row):
+    """What ``peer.py`` has left in a folder."""
+
+    def __init__(self, folder: Path, hidden: list[Tensor]) -> None:
+        self._costs: dict[str, Any] = json.loads((folder / "peer.json").read_text())
+        super().__init__(self._costs.pop("name"), hidden)
+        self._weights = folder / "weights.safetensors"
+
+    def advance(self, decoder: Decoder, original: Original) -> None:
+        block = original.block
+        with safetensors.safe_open(self._weights, "pt") as file:
+            dense = {f"{linear.name}.weight": file.get_tensor(f"{linear.name}.weight") for linear in block.linears}
+        decoder.load_block(block.index, original.weights | dense)
+        self.hidden = [decoder.run_block(block.index, h) for h in self.hidden]
+        decoder.drop_block(block.index)
+
+    def costs(self) -> dict[str, float]:
+        return self._costs
