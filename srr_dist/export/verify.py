@@ -103,8 +103,8 @@ def _tensor_problems(file: TensorFile, sha256: str) -> Iterator[str]:
         values = decode_tensor(entry, data)
         if values.is_floating_point() and (bad := int((~values.isfinite()).sum())):
             yield f"{file.path}: tensor {name}: {bad} of {values.numel()} values are NaN or infinite"
-        if name.endswith(SCALE) and (bad := int((values <= 0).sum())):
-            yield f"{file.path}: tensor {name}: {bad} of {values.numel()} scales are zero or negative"
+        if name.endswith(SCALE) and (bad := int((values == 0).sum())):
+            yield f"{file.path}: tensor {name}: {bad} of {values.numel()} scales are zero"
     if digest.hexdigest() != sha256:
         yield _changed(file.path)
 

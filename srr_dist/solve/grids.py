@@ -138,11 +138,12 @@ class IntGrid(Grid):
     """Symmetric integers with a bfloat16 scale, ``absmax / (2^(b−1) − ½)``.
 
     The half step lets the range −2^(b−1) … 2^(b−1) − 1 reach both ends with an equal error, as compressed-tensors'
-    symmetric scheme does.
+    symmetric scheme does. A search may take a negative scale: the longer end of the range then lies on the side of the
+    positive weights.
     """
 
     name: ClassVar[str] = "int"
-    trials: ClassVar[tuple[float, ...]] = tuple(1.0 - step / 32 for step in range(1, 19))
+    trials: ClassVar[tuple[float, ...]] = tuple(sign * (1.0 - step / 32) for step in range(19) for sign in (1, -1))[1:]
     continuous: ClassVar[bool] = True
 
     @property

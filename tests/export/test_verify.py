@@ -115,7 +115,7 @@ def spoil(name, value):
 
 SPOILED = {
     "NaN scale": (SHARD, spoil(SCALE, torch.nan), "1 of 128 values are NaN or infinite"),
-    "zero scale": (SHARD, spoil(SCALE, 0), "1 of 128 scales are zero or negative"),
+    "zero scale": (SHARD, spoil(SCALE, 0), "1 of 128 scales are zero"),
     "infinite norm": (SHARD, spoil("model.layers.1.input_layernorm.weight", torch.inf), "1 of 64 values are NaN"),
     "NaN factor": (ADAPTER, spoil("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", torch.nan), "1 of 256"),
     "NaN embedding": (

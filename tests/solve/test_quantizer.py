@@ -43,7 +43,16 @@ def test_searched_scale_follows_the_inputs_that_count():
     light, heavy = torch.ones(16), torch.ones(16)
     light[3], heavy[3] = 1e-4, 1e4
     grid = IntGrid(2, 16)
-    assert search_scales(W, grid, light).item() < search_scales(W, grid, heavy).item()
+    assert search_scales(W, grid, light).abs().item() < search_scales(W, grid, heavy).abs().item()
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_searched_scale_puts_the_longer_end_of_the_range_where_the_larger_weights_are(side):
+    codes = torch.tensor([[-4.0, 3.0, -3.0, 2.0, -1.0, 0.0, 1.0, 3.0]])
+    grid = IntGrid(3, 8)
+    scale = search_scales(side * codes * 0.25, grid, torch.ones(8))
+    assert scale.item() == side * 0.25
+    assert torch.equal(grid.dequantize(grid.encode(side * codes * 0.25, scale), scale), side * codes * 0.25)
 
 
 @settings(max_examples=30, deadline=None)
