@@ -11,17 +11,20 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import jsonschema
 import pytest
 import ray
 import yaml
+from ray._private.runtime_env.packaging import create_package
 
 from srr_dist.command import parse_run, run_parser
 from srr_dist.config import RunConfig
 from tests.cluster.local import ROOT
 
 RAYCLUSTER, RAYJOB = ROOT / "cluster" / "kuberay-raycluster.yaml", ROOT / "jobs" / "kuberay-rayjob.yaml"
+RUNTIME_ENV = ROOT / "jobs" / "runtime_env.yaml"
 KUBERAY = [RAYCLUSTER, RAYJOB]
 AWS, DOCKERFILE = ROOT / "cluster" / "aws.yaml", ROOT / "cluster" / "Dockerfile"
 SCRIPTS = [ROOT / "cluster" / "local.sh", ROOT / "jobs" / "submit.sh", ROOT / ".ci" / "run"]
@@ -150,8 +153,18 @@ def test_rayjob_runs_a_complete_command_of_as_many_workers_as_it_has_and_resumes
     assert spec["ttlSecondsAfterFinished"] > 0
 
 
-def test_rayjob_has_the_runtime_environment_of_submitted_jobs() -> None:
-    assert yaml.safe_load(load(RAYJOB)["spec"]["runtimeEnvYAML"]) == load(ROOT / "jobs" / "runtime_env.yaml")
+def test_rayjob_has_the_variables_of_submitted_jobs() -> None:
+    in_image = yaml.safe_load(load(RAYJOB)["spec"]["runtimeEnvYAML"])
+    assert in_image["env_vars"] == load(RUNTIME_ENV)["env_vars"]
+
+
+def test_submitted_job_brings_the_code_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
+    for path in ("srr_dist/solve/layer.py", "jobs/presets/8B.yaml", "my-model/model.safetensors", "text.txt", ".env"):
+        (tmp_path / "checkout" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "checkout" / path).write_text(path)
+    package = tmp_path / "package.zip"
+    create_package(str(tmp_path / "checkout"), package, True, excludes=load(RUNTIME_ENV)["excludes"])
+    assert sorted(ZipFile(package).namelist()) == ["jobs/presets/8B.yaml", "srr_dist/solve/layer.py"]
 
 
 def test_versions_agree_in_every_description() -> None:
