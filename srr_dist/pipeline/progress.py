@@ -29,7 +29,7 @@ class Progress:
         self.totals = {"passes": passes, "layers": layers}
         self.done = {"passes": 0, "layers": 0}
         self.seconds = {"passes": 0.0, "layers": 0.0}
-        self.note = ""
+        self.note = "starting"
         self.started = self._mark = time.monotonic()
         self._last_line = 0.0
         self._bar = tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {postfix}") if sys.stderr.isatty() else None
