@@ -63,6 +63,8 @@ def random_linear(weight: torch.Tensor, rank: int, recipe: Recipe) -> Linear:
     scale = torch.rand(m, 1 if recipe.group_size == -1 else n // recipe.group_size) / 50 + 1e-3
     if recipe.power_of_two:
         scale = torch.exp2(scale.log2().floor())
+    else:
+        scale[::2].neg_()
     L, R = torch.randn(m, rank) / 20, torch.randn(rank, n) / 20
     return Linear(codes, scale.bfloat16(), L.bfloat16(), R.bfloat16())
 
