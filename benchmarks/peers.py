@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+from quality import calibration_ids
 
 from srr_dist.checkpoint.source import open_checkpoint
-from srr_dist.checkpoint.tokens import calibration_tokens
 
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 PINNED = "torch=="
@@ -58,17 +58,9 @@ def environment(folder: Path, name: str, packages: tuple[str, ...]) -> Path:
 
 def write_tokens(arguments: argparse.Namespace) -> Path:
     """The calibration tokens of ``quality.py`` with the same options."""
-    checkpoint = open_checkpoint(arguments.model)
-    tokens = calibration_tokens(
-        arguments.calibration,
-        checkpoint.tokenizer(),
-        num_samples=arguments.num_samples,
-        seq_len=arguments.seq_len,
-        seed=0,
-        vocab_size=checkpoint.config.get_text_config().vocab_size,
-    )
+    ids = calibration_ids(open_checkpoint(arguments.model), arguments)
     path: Path = arguments.folder / "tokens.safetensors"
-    safetensors.torch.save_file({"ids": tokens.ids.contiguous()}, path)
+    safetensors.torch.save_file({"ids": ids.contiguous()}, path)
     return path
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from srr_dist.calibration import InputMoment
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, build_graph
-from srr_dist.checkpoint.source import open_checkpoint
+from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
 from srr_dist.pipeline.comparison import compare
 from srr_dist.solve import Metric
@@ -61,24 +61,31 @@ def calibrate(
     }
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
-    checkpoint = open_checkpoint(arguments.model)
-    graph, tokenizer = build_graph(checkpoint), checkpoint.tokenizer()
-    vocab = checkpoint.config.get_text_config().vocab_size
-    calibration = calibration_tokens(
+def calibration_ids(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Tensor:
+    """The calibration tokens ``[N, T]`` that the options ask for."""
+    return calibration_tokens(
         arguments.calibration,
-        tokenizer,
+        checkpoint.tokenizer(),
         num_samples=arguments.num_samples,
         seq_len=arguments.seq_len,
         seed=0,
-        vocab_size=vocab,
-    )
+        vocab_size=checkpoint.config.get_text_config().vocab_size,
+    ).ids
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
+    checkpoint = open_checkpoint(arguments.model)
+    graph = build_graph(checkpoint)
     text = evaluation_tokens(
-        arguments.text, tokenizer, num_samples=arguments.eval_samples, seq_len=arguments.seq_len, vocab_size=vocab
+        arguments.text,
+        checkpoint.tokenizer(),
+        num_samples=arguments.eval_samples,
+        seq_len=arguments.seq_len,
+        vocab_size=checkpoint.config.get_text_config().vocab_size,
     )
     decoder, other = (Decoder(checkpoint, dtype=torch.float32) for _ in range(2))
     decoder.load_embedding()
-    hidden = [decoder.embed(row[None]) for row in calibration.ids]
+    hidden = [decoder.embed(row[None]) for row in calibration_ids(checkpoint, arguments)]
     original = [decoder.embed(row[None]) for row in text.ids]
     decoder.drop_rest()
     chosen = {
@@ -98,8 +105,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         hidden, metrics = calibrate(decoder, block, inputs, kinds)
         original = [decoder.run_block(block.index, h) for h in original]
         decoder.drop_block(block.index)
+        held = Original(block, weights, metrics, inputs, hidden)
         for row in rows:
-            row.advance(other, Original(block, weights, metrics, inputs, hidden))
+            row.advance(other, held)
         print(f"block {block.index} {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     decoder.load_head()
     for sequence, ids in enumerate(text.ids):

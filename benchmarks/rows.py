@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from srr_dist.calibration.adapted import attach_adapters
-from srr_dist.calibration.block_error import OutputError
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline.comparison import Comparison
+from srr_dist.pipeline.tuning import loaded_block_error
 from srr_dist.solve import (
     LayerSolution,
     Metric,
@@ -104,6 +103,13 @@ class Row:
 
     def advance(self, decoder: Decoder, original: Original) -> None:
         """Pass the evaluation sequences through this row's version of a block."""
+        index = original.block.index
+        self.load(decoder, original)
+        self.hidden = [decoder.run_block(index, h) for h in self.hidden]
+        decoder.drop_block(index)
+
+    def load(self, decoder: Decoder, original: Original) -> None:
+        """Have the decoder hold this row's version of a block."""
         raise NotImplementedError
 
     def costs(self) -> dict[str, float]:
@@ -126,7 +132,7 @@ class SolvedRow(Row):
         self.solving, self.tuning, self.stored, self.weights = 0.0, 0.0, 0.0, 0
         self.relative: list[float] = []
 
-    def advance(self, decoder: Decoder, original: Original) -> None:
+    def load(self, decoder: Decoder, original: Original) -> None:
         block, grid = original.block, self.recipe.options.quantizer.grid
         stored: Mapping[str, Stored] = self._solve(original)
         if self.recipe.tune_steps:
@@ -135,8 +141,6 @@ class SolvedRow(Row):
         module = decoder.load_block(block.index, original.weights | quantized)
         factors = {name: (layer.L, layer.R) for name, layer in stored.items() if layer.L.shape[1]}
         attach_adapters(module, decoder.linear_modules(block.index), factors)
-        self.hidden = [decoder.run_block(block.index, h) for h in self.hidden]
-        decoder.drop_block(block.index)
 
     def costs(self) -> dict[str, float]:
         return {
@@ -164,14 +168,8 @@ class SolvedRow(Row):
         started = time.perf_counter()
         block, inputs = original.block, original.inputs
         decoder.load_block(block.index, original.weights)
-        decoder.run_block(block.index, inputs[0])  # records its call before threads ask for it
-        error = OutputError(
-            partial(decoder.run_block, block.index),
-            decoder.linear_modules(block.index),
-            inputs.__getitem__,
-            original.outputs.__getitem__,
-            torch.get_num_threads(),
-        )
+        outputs, threads = original.outputs.__getitem__, torch.get_num_threads()
+        error = loaded_block_error(decoder, block.index, inputs.__getitem__, outputs, threads)
         W = {name: original.weights[f"{name}.weight"] for name in starts}
         options = TuneOptions(self.recipe.tune_steps, seed=layer_seed(0, block.name))
         found = tune(W, starts, self.recipe.options.quantizer.grid, error, len(inputs), options)
@@ -187,13 +185,11 @@ class PeerRow(Row):
         super().__init__(self._costs.pop("name"), hidden)
         self._weights = folder / "weights.safetensors"
 
-    def advance(self, decoder: Decoder, original: Original) -> None:
+    def load(self, decoder: Decoder, original: Original) -> None:
         block = original.block
         with safetensors.safe_open(self._weights, "pt") as file:
             dense = {f"{linear.name}.weight": file.get_tensor(f"{linear.name}.weight") for linear in block.linears}
         decoder.load_block(block.index, original.weights | dense)
-        self.hidden = [decoder.run_block(block.index, h) for h in self.hidden]
-        decoder.drop_block(block.index)
 
     def costs(self) -> dict[str, float]:
         return self._costs

@@ -86,7 +86,8 @@ def _require_answer(address: str) -> None:
 
 def _survey(job: JobConfig, patience: float) -> Cluster:
     """Count the nodes' resources and share them among the workers, once they have had ``patience`` seconds to come."""
-    most, kind = _room_for(max(job.workers, 1), patience)
+    nodes = _awaited_nodes(max(job.workers, 1), patience)
+    most, kind = _capacity(nodes)
     workers = job.workers or (most if kind == "GPU" else 1)
     if workers > most:  # Ray would wait for more nodes without end
         missing = f"workers: {workers} asked for, but the cluster has {most} {kind}s"
@@ -98,25 +99,26 @@ def _survey(job: JobConfig, patience: float) -> Cluster:
         return Cluster(workers, cpus=1, gpus=1, budget=_budget(job, per_node=1, gpus=1))
     if job.gpu_memory:
         log.warning("gpu_memory: the cluster has no GPUs, so %s has no effect", job.gpu_memory)
-    nodes = _nodes()
     per_node = -(-workers // len(nodes))
     cpus = max(1, int(min(node["CPU"] for node in nodes)) // per_node)
     return Cluster(workers, cpus, gpus=0, budget=_budget(job, per_node, gpus=0))
 
 
-def _room_for(workers: int, patience: float) -> tuple[int, str]:
-    """How many workers the nodes have room for, and by what kind of resource; waits for nodes if there are too few."""
-    begun, told = time.monotonic(), False
-    while True:
-        nodes = _nodes()
-        gpus = int(sum(node.get("GPU", 0) for node in nodes))
-        room, kind = (gpus, "GPU") if gpus else (sum(int(node["CPU"]) for node in nodes), "CPU")
-        if room >= workers or time.monotonic() - begun >= patience:
-            return room, kind
+def _awaited_nodes(workers: int, patience: float) -> list[dict[str, float]]:
+    """The nodes, once they have room for so many workers or ``patience`` seconds are over."""
+    deadline, told = time.monotonic() + patience, False
+    while (room := _capacity(nodes := _nodes())[0]) < workers and time.monotonic() < deadline:
         if not told:
             log.warning("room for %d of %d workers; waiting for nodes, up to %.0f s", room, workers, patience)
             told = True
         time.sleep(POLL_SECONDS)
+    return nodes
+
+
+def _capacity(nodes: list[dict[str, float]]) -> tuple[int, str]:
+    """How many workers nodes have room for, and the kind of resource that each of them takes one of."""
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    return (gpus, "GPU") if gpus else (sum(int(node["CPU"]) for node in nodes), "CPU")
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -64,7 +64,7 @@ class Need:
     moments: int
     forward: int
     solve: int
-    results: int = 0
+    results: int
     """Host memory of what was solved, until it is durable."""
 
 
@@ -143,6 +143,11 @@ def parameters(block: Block) -> int:
     return sum(linear.out_features * linear.in_features for linear in block.linears)
 
 
+def adapter_bytes(out_features: int, in_features: int, rank: int) -> int:
+    """L and R of a layer in bfloat16, of that rank at most."""
+    return 2 * min(rank, out_features, in_features) * (out_features + in_features)
+
+
 def gib(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.2f} GiB"
@@ -183,5 +188,5 @@ def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:
 
 def _result_bytes(out_features: int, in_features: int, work: Workload) -> int:
     """Codes of a byte each with their adapter, and what is packed of this block and of the one that is uploaded."""
-    adapter = 2 * min(work.rank, out_features, in_features) * (out_features + in_features)
+    adapter = adapter_bytes(out_features, in_features, work.rank)
     return out_features * in_features * (4 + work.bits) // 4 + 3 * adapter

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from srr_dist.checkpoint.graph import BlockGraph
 from srr_dist.checkpoint.source import Checkpoint
 from srr_dist.pipeline.cluster import Cluster
-from srr_dist.pipeline.memory import Budget, Holding, Need, Workload, block_need, choose_holding, gib
+from srr_dist.pipeline.memory import Budget, Holding, Need, Workload, adapter_bytes, block_need, choose_holding, gib
 from srr_dist.pipeline.run import Run, dtype_name
 from srr_dist.pipeline.windows import Window, all_windows
 
@@ -142,7 +142,7 @@ def output_bytes(run: Run) -> int:
     total = 0.0
     for linear in (linear for block in run.graph.blocks for linear in block.linears if linear.name in run.quantized):
         m, n = linear.out_features, linear.in_features
-        total += m * n * run.grid.bits_per_weight(n) / 8 + 2 * min(rank, m, n) * (m + n)
+        total += m * n * run.grid.bits_per_weight(n) / 8 + adapter_bytes(m, n, rank)
     return int(total) + sum(run.checkpoint.tensors[name].nbytes for name in run.graph.rest)
 
 

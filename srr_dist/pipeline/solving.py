@@ -58,8 +58,8 @@ class BlockSolver:
         """
         groups, found = shared_inputs(self.block, self.run.quantized), dict[str, LayerSolution]()
         at_once = layers_at_once(self.block, self.run.quantized, threads, on_gpu=self.device.type != "cpu")
-        one_by_one = at_once == 1  # on all threads
-        for part in map(self._solve_group, groups) if one_by_one else side_by_side(self._solve_group, groups, at_once):
+        solve = self._solve_group
+        for part in side_by_side(solve, groups, at_once) if at_once > 1 else map(solve, groups):  # on all threads
             found |= part
         return found
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -48,14 +49,7 @@ class BlockTuner:
     def _tuned(self, solutions: Mapping[str, LayerSolution]) -> Tuned:
         config, index, device = self.run.config, self.block.index, self.decoder.device
         self.decoder.load_block(index, self.weights)
-        self.decoder.run_block(index, self.inputs.load(0))  # records its call before threads ask for it
-        error = OutputError(
-            lambda hidden: self.decoder.run_block(index, hidden),
-            self.decoder.linear_modules(index),
-            self.inputs.load,
-            self.targets.load,
-            self.threads if device.type == "cpu" else 1,
-        )
+        error = loaded_block_error(self.decoder, index, self.inputs.load, self.targets.load, self.threads)
         tuned = tune(
             {name: self.weights[f"{name}.weight"].to(device) for name in solutions},
             {name: solution.to(device) for name, solution in solutions.items()},
@@ -66,3 +60,15 @@ class BlockTuner:
         )
         self.decoder.drop_block(index)
         return tuned
+
+
+def loaded_block_error(
+    decoder: Decoder, index: int, inputs: Callable[[int], Tensor], targets: Callable[[int], Tensor], threads: int
+) -> OutputError:
+    """The error of the block that a decoder holds, towards these outputs for these inputs of each sequence.
+
+    Without a GPU so many sequences as there are threads are passed side by side.
+    """
+    decoder.run_block(index, inputs(0))  # records its call before threads ask for it
+    at_once = threads if decoder.device.type == "cpu" else 1
+    return OutputError(partial(decoder.run_block, index), decoder.linear_modules(index), inputs, targets, at_once)

@@ -155,7 +155,7 @@ def test_rayjob_runs_a_complete_command_of_as_many_workers_as_it_has_and_resumes
 
 def test_rayjob_has_the_variables_of_submitted_jobs() -> None:
     in_image = yaml.safe_load(load(RAYJOB)["spec"]["runtimeEnvYAML"])
-    assert in_image["env_vars"] == load(RUNTIME_ENV)["env_vars"]
+    assert in_image == {"env_vars": load(RUNTIME_ENV)["env_vars"]}
 
 
 def test_submitted_job_brings_the_code_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
