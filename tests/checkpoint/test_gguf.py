@@ -105,6 +105,6 @@ def test_gguf_of_other_bytes_is_refused(tmp_path: Path) -> None:
 
 def test_transformers_reads_headers_within_their_bounds_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srr_dist.checkpoint.gguf._MAX_READS", 3)
-    with pytest.raises(CheckpointError, match="transformers cannot derive its tokenizer: .* are one of 4 values"):
+    with pytest.raises(CheckpointError, match=r"transformers cannot derive its tokenizer: .* are one of 4 values"):
         companions(str(file))
     assert gguf.GGUFReader is not _BoundedReader
