@@ -61,9 +61,10 @@ class QuantizeConfig:
     split: str = option("search", "how k is chosen: search, criterion, energy or fixed:K")
     form: str = option("joint", "joint: best rank r of W - Q; split: P_k plus the best rank r - k", choices=FORMS)
     iterations: int = option(3, "times that codes and adapter are fitted to each other again, the best kept")
+    descent: int = option(3, "times that codes, scales and adapter then descend from where they are, the best kept")
     rounding_metric: str = option(
         "downdated",
-        "what iterations round in: full, the input moment; downdated, what is left of it beyond the adapter",
+        "what iterations and descent work in: full, the input moment; downdated, what is left of it beyond the adapter",
         choices=ROUNDING_METRICS,
     )
     shrinkage: float = option(0.1, "share of the input moment's mean diagonal that is added to its diagonal")
@@ -90,6 +91,7 @@ class QuantizeConfig:
         )
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
+        _require(self.descent >= 0, "descent", "0 or more", self.descent)
         _require(self.tune_steps >= 0, "tune_steps", "0 or more", self.tune_steps)
         _require(self.tune_batch >= 1, "tune_batch", "at least 1", self.tune_batch)
         _require(0.0 <= self.shrinkage <= 10.0, "shrinkage", "a share from 0 to 10", self.shrinkage)
@@ -183,8 +185,10 @@ class RunConfig:
         config = cls(QuantizeConfig(**parts[0]), JobConfig(**parts[1]))
         for name, value in (("model", config.quantize.model), ("output", config.job.output)):
             _require(bool(value), name, f"a location (--{name})", value)
-        form, iterations = config.quantize.form, config.quantize.iterations
-        _require(form == "joint" or not iterations, "iterations", "0 (--iterations 0) with the split form", iterations)
+        for name in ("iterations", "descent"):
+            count = getattr(config.quantize, name)
+            joint = config.quantize.form == "joint" or not count
+            _require(joint, name, f"0 (--{name} 0) with the split form", count)
         needs_text = config.quantize.scaling != "identity" and config.quantize.method != "none"
         needs_text |= config.quantize.tune_steps > 0
         _require(

@@ -40,6 +40,7 @@ REFUSED = [
     ("scales", "best", "one of absmax, search"),
     ("rounding", "yaqa", "one of nearest, gptq"),
     ("iterations", -1, "0 or more"),
+    ("descent", -1, "0 or more"),
     ("tune_steps", -1, "0 or more"),
     ("tune_batch", 0, "at least 1"),
     ("rounding_metric", "half", "one of full, downdated"),
@@ -108,10 +109,12 @@ def test_tuning_needs_text_and_sequences_to_hold_out():
     RunConfig.from_options(plain)
 
 
-def test_iterations_need_the_joint_form():
-    with pytest.raises(ConfigError, match=r"^iterations: expected 0 \(--iterations 0\) with the split form, found 2"):
-        RunConfig.from_options(COMPLETE | {"form": "split", "iterations": 2})
-    RunConfig.from_options(COMPLETE | {"form": "split", "iterations": 0})
+@pytest.mark.parametrize("name", ["iterations", "descent"])
+def test_iterations_and_descent_need_the_joint_form(name):
+    other = {"iterations": 0, "descent": 0, "form": "split"}
+    with pytest.raises(ConfigError, match=rf"^{name}: expected 0 \(--{name} 0\) with the split form, found 2"):
+        RunConfig.from_options(COMPLETE | other | {name: 2})
+    RunConfig.from_options(COMPLETE | other)
     RunConfig.from_options(COMPLETE | {"method": "none", "iterations": 2})  # which has nothing to iterate
 
 
@@ -168,7 +171,7 @@ LOCATIONS = {"model": "elsewhere", "revision": "abc", "calibration": "other.txt"
 CHANGES = {
     "method": "qer", "grid": "int", "bits": 4, "group_size": 64, "rank": 33, "split": "criterion", "form": "split",
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
-    "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "shrinkage": 0.3,
+    "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
@@ -218,7 +221,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "a5ed4e44ee449267d976d5034332112b464b7f379198ce67abb0e0620f1309bd"
+    assert fingerprint() == "0db953f92acf3d6e5789b8329f82657e9236807c9c3a12fffbb4303e75c499d0"
 
 
 def test_canonical_json_is_one_byte_string():

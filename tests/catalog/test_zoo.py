@@ -24,7 +24,7 @@ from tests.families import build
 
 RECORDS = "/.srr/*/blocks/*.json"
 GOOD = ["qwen3-four", "qwen3-three", "smollm2"]
-CHEAP = {"method": "qer", "scaling": "diag", "scales": "absmax", "iterations": 0, "blocks_per_stage": 4}
+CHEAP = {"method": "qer", "scaling": "diag", "scales": "absmax", "iterations": 0, "descent": 0, "blocks_per_stage": 4}
 OPTIONS = {"num_samples": 4, "seq_len": 32, "rank": 4, "host_memory": "4GiB", "blocks_per_stage": 1}
 
 
