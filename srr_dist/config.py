@@ -48,16 +48,16 @@ class QuantizeConfig:
     model: str = option("", "checkpoint: a folder, a .gguf file, any fsspec URL of these, a hub id or a preset")
     revision: str | None = option(None, "revision of a hub checkpoint")
     method: str = option("srr", "srr: preserve, quantize, reconstruct; qer: k = 0; none: no adapter", choices=METHODS)
-    grid: str = option("mxint", "base quantizer: power-of-two or bfloat16 scales", choices=GRIDS)
+    grid: str = option("int", "base quantizer: power-of-two or bfloat16 scales", choices=GRIDS)
     bits: int = option(3, "bits of a code, 2 to 8")
-    group_size: int = option(32, "inputs that share a scale; -1 for one scale per output row")
+    group_size: int = option(64, "inputs that share a scale; -1 for one scale per output row")
     scales: str = option(
         "search", "absmax: reach a group's largest weight; search: the least error, inputs weighted", choices=SCALES
     )
     rounding: str = option(
         "gptq", "nearest, or gptq: the error of each input is made up for by later ones", choices=ROUNDINGS
     )
-    rank: int = option(32, "rank r of the adapters")
+    rank: int = option(16, "rank r of the adapters")
     split: str = option("search", "how k is chosen: search, criterion, energy or fixed:K")
     form: str = option("joint", "joint: best rank r of W - Q; split: P_k plus the best rank r - k", choices=FORMS)
     iterations: int = option(3, "times that codes and adapter are fitted to each other again, the best kept")

@@ -52,7 +52,7 @@ REFUSED = [
     ("split", "fixed:", "search, criterion, energy or fixed:K"),
     ("split", "fixed:-1", "search, criterion, energy or fixed:K"),
     ("split", "search:3", "search, criterion, energy or fixed:K"),
-    ("split", "fixed:33", "K from 0 to the rank 32"),
+    ("split", "fixed:17", "K from 0 to the rank 16"),
     ("form", "both", "one of joint, split"),
     ("scaling", "hessian", "one of exact, diag, lqer, identity"),
     ("calibration", "", "text to calibrate on (--calibration)"),
@@ -85,7 +85,7 @@ REFUSED = [
 
 ACCEPTED = [
     {"bits": 2}, {"bits": 8}, {"group_size": -1}, {"group_size": 1}, {"rank": 0, "method": "none"}, {"seed": 2**63 - 1},
-    {"split": "fixed:0"}, {"split": "fixed:32"}, {"split": "energy"}, {"max_bad_rows": 0}, {"max_bad_rows": 1.0},
+    {"split": "fixed:0"}, {"split": "fixed:16"}, {"split": "energy"}, {"max_bad_rows": 0}, {"max_bad_rows": 1.0},
     {"calibration": "", "scaling": "identity"}, {"calibration": "", "method": "none"}, {"gpu_memory": "70GiB"},
     {"revision": "main"}, {"include": r"layers\.[0-3]\."},
 ]  # fmt: skip
@@ -169,7 +169,7 @@ def test_include_and_exclude_select_layers(include, exclude, selected):
 # The fingerprint: each option is either a location (never counts) or has here another value that must change it.
 LOCATIONS = {"model": "elsewhere", "revision": "abc", "calibration": "other.txt"}
 CHANGES = {
-    "method": "qer", "grid": "int", "bits": 4, "group_size": 64, "rank": 33, "split": "criterion", "form": "split",
+    "method": "qer", "grid": "mxint", "bits": 4, "group_size": 32, "rank": 33, "split": "criterion", "form": "split",
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2,
@@ -221,7 +221,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "0db953f92acf3d6e5789b8329f82657e9236807c9c3a12fffbb4303e75c499d0"
+    assert fingerprint() == "a87b468f8e070d06fa60a15267ee38830ed84aa422ec531da64d71f8145ddc55"
 
 
 def test_canonical_json_is_one_byte_string():

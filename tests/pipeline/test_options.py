@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 CHANGES: list[dict[str, Any]] = [
     {"method": "qer"},
     {"method": "none"},
-    {"grid": "int"},
+    {"grid": "mxint"},
     {"bits": 2},
     {"bits": 4},
     {"bits": 8},

@@ -102,7 +102,7 @@ def test_description_shows_blocks_windows_memory_and_bytes(model, text):
         in shown["method"]
     )
     assert "exact scaling, shrinkage 0.1" in shown["method"]
-    assert "mxint 3 bits, group 32, search scales, gptq rounding" in shown["quantizer"]
+    assert "int 3 bits, group 64, search scales, gptq rounding" in shown["quantizer"]
     assert "8 sequences of 32 tokens" in shown["calibration"]
     assert "2, up to 4 blocks per stage, moments on host" in shown["windows"]
     assert "planned" in shown["memory"]
