@@ -78,6 +78,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
     started = time.perf_counter()
     problem = Problem(W.float(), metric, name, options)
     contest, k_criterion, search = _choose(problem)
+    searched = search.objectives if search else {}
     chosen, objectives = problem.improved(contest.best), contest.objectives
     L, R = _stored_factors(chosen.L, chosen.R)
     stored = metric.remainder(problem.W - chosen.Q, chosen.error, L.float(), R.float())
@@ -98,13 +99,13 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
         },
         "energy": unit * problem.weight.total,
         "candidates": {str(k): unit * objectives[k] for k in sorted(objectives)},
-        "search": {str(k): unit * search[k] for k in sorted(search)},
+        "search": {str(k): unit * searched[k] for k in sorted(searched)},
         "iteration": chosen.iteration,
         "singular_values": sigma.tolist(),
         "seed": problem.seed,
         "damping": chosen.damping,
         "bits_per_weight": options.quantizer.grid.bits_per_weight(n) + 16 * problem.rank * (m + n) / (m * n),
-        "seconds": {"solve": time.perf_counter() - started},
+        "seconds": {"solve": time.perf_counter() - started, "search": search.seconds if search else 0.0},
     }
     return LayerSolution(chosen.codes, chosen.scale, L, R, sigma, result)
 
@@ -115,9 +116,11 @@ class _Contest:
     Attributes:
         objectives: of every k that was entered.
         best: the one with the wanted k, or without one the least objective, ties to the smaller k.
+        seconds: that all of this took.
     """
 
     best: Candidate
+    seconds: float = 0.0
 
     def __init__(self, problem: Problem, quantizer: Quantizer, wanted: int | None = None) -> None:
         self._problem, self._quantizer, self._wanted = problem, quantizer, wanted
@@ -125,20 +128,22 @@ class _Contest:
 
     def enter(self, *ks: int) -> int:
         """Solve with each of these k that is new; the best k so far."""
+        started = time.perf_counter()
         for k in ks:
             if k not in self.objectives:
                 candidate = self._problem.candidate(k, self._quantizer)
                 if not self.objectives or self._rank(candidate) < self._rank(self.best):
                     self.best = candidate
                 self.objectives[k] = candidate.objective
+        self.seconds += time.perf_counter() - started
         return self.best.k
 
     def _rank(self, candidate: Candidate) -> tuple[bool, float, int]:
         return self._wanted not in (None, candidate.k), candidate.objective, candidate.k
 
 
-def _choose(problem: Problem) -> tuple[_Contest, int | None, dict[int, float]]:
-    """The contest that decided about k, the criterion's k (None without a split), and what a search measured.
+def _choose(problem: Problem) -> tuple[_Contest, int | None, _Contest | None]:
+    """The contest that decided about k, the criterion's k (None without a split), and that of a search.
 
     A search compares with the grid's own scales and nearest codes, which rank the k nearly as the whole quantizer does
     at a fraction of its time; that one judges what the search found beside k = 0 and the criterion's k.
@@ -147,17 +152,17 @@ def _choose(problem: Problem) -> tuple[_Contest, int | None, dict[int, float]]:
     if options.method != "srr":
         contest = _Contest(problem, options.quantizer)
         contest.enter(0)
-        return contest, None, {}
+        return contest, None, None
     k_criterion = problem.criterion()
     wanted = _wanted_split(options.split, k_criterion, problem)
     contest = _Contest(problem, options.quantizer, wanted)
     if wanted is not None:
         contest.enter(wanted, 0, k_criterion)
-        return contest, k_criterion, {}
+        return contest, k_criterion, None
     search = contest if options.quantizer == plain else _Contest(problem, plain)
     coarse = search.enter(0, k_criterion, *coarse_candidates(problem.rank))
     contest.enter(search.enter(*refined_candidates(coarse, problem.rank)), 0, k_criterion)
-    return contest, k_criterion, search.objectives
+    return contest, k_criterion, search
 
 
 def _wanted_split(split: str, k_criterion: int, problem: Problem) -> int | None:

@@ -83,6 +83,7 @@ def test_what_a_plain_search_finds_is_judged_by_the_whole_quantizer(kind):
         solve(W, H, replace(OPTIONS, quantizer=quantizer)).result for quantizer in (fed, Quantizer(IntGrid(3, 16)))
     )
     assert result["search"] == plain["search"]
+    assert 0 < result["seconds"]["search"] < result["seconds"]["solve"]
     assert set(result["candidates"]) == {"0", str(result["k_criterion"]), str(plain["k"])}
     for k, value in result["candidates"].items():
         only = solve(W, H, replace(OPTIONS, quantizer=fed, split=f"fixed:{k}")).result
