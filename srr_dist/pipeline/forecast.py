@@ -23,7 +23,7 @@ from srr_dist.pipeline.plan import Plan, adapter_rank, hidden_size, output_bytes
 from srr_dist.pipeline.prepare import SCAN_BYTES
 from srr_dist.pipeline.windows import Window, batches
 
-_WIDE = ("forward", "moments", "products", "elementwise")
+_WIDE = ("forward", "moments", "products", "narrow", "elementwise")
 """Kinds of work that all threads of a CPU share."""
 
 _HOP_BYTES = 8

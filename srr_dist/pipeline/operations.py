@@ -14,8 +14,8 @@ from srr_dist.solve import SolveOptions
 from srr_dist.solve.lowrank import START_STEPS, block_size
 from srr_dist.solve.split import coarse_candidates, refined_candidates
 
-STEPS = 3
-"""Of the block Krylov space, for nearly every matrix (``leading_subspace`` allows up to ten)."""
+STEPS = 4
+"""Of the block Krylov space on the average: three to six in small random models, and ten are allowed."""
 
 _TRIAL_BYTES = 70
 """Read and written for each weight and each scale that is tried."""
@@ -44,7 +44,9 @@ class Work:
     moments: float = 0.0
     """Operations of ``xᵀ x``: from the passes' type to float32."""
     products: float = 0.0
-    """Operations of the solver's float32 products."""
+    """Operations of the solver's float32 products of wide matrices."""
+    narrow: float = 0.0
+    """Operations of its float32 products with a block of columns."""
     thin: float = 0.0
     """Operations of float64 products with a thin matrix."""
     reflections: float = 0.0
@@ -130,7 +132,7 @@ class LayerWork:
         """The layer from its weight and metric to its stored factors."""
         m, n, r = self.m, self.n, self.rank
         work = self.candidate() * self.candidates() + self.iteration() * (self.options.iterations if r else 0)
-        work += Work(link=2 * m * n) + self._with_moment(r) + Work(products=2 * m * n * r)
+        work += Work(link=2 * m * n) + self._with_moment(r) + Work(narrow=2 * m * n * r)
         if self.options.method != "srr":
             return work + self.energy()
         return work + self.subspace() * 2 + Work(draws=m * n)  # of W, and of random numbers for the criterion
@@ -145,13 +147,13 @@ class LayerWork:
 
     def candidate(self) -> Work:
         """One k: the residual quantized, and what is left approximated."""
-        preserved = Work(products=2 * self.m * self.n * self.rank // 2)  # k is half of r on the average
+        preserved = Work(narrow=self.m * self.n * self.rank)  # k is half of r on the average
         return preserved + self.rounding() + (self.subspace() if self.rank else self.energy())
 
     def iteration(self) -> Work:
         """Codes beside the adapter, and the adapter beside the codes."""
         m, n, r = self.m, self.n, self.rank
-        work = Work(products=2 * m * n * r) + self.rounding() + self.subspace()
+        work = Work(narrow=2 * m * n * r) + self.rounding() + self.subspace()
         if not (self.full and self.options.rounding_metric == "downdated"):
             return work
         work += self._with_moment(r) + Work(thin=2 * n * n * r + 2 * n * r * r, elementwise=40 * n * n)
@@ -171,8 +173,8 @@ class LayerWork:
     def subspace(self) -> Work:
         """The leading directions of an ``[m, n]`` matrix in the metric, and its energy."""
         m, n, b = self.m, self.n, self.block
-        product = Work(products=4 * m * n * b) + self._with_moment(b)
-        return self.energy() + Work(products=4 * m * n * b) + krylov(m, b, STEPS, product)
+        product = Work(narrow=4 * m * n * b) + self._with_moment(b)
+        return self.energy() + Work(narrow=4 * m * n * b) + krylov(m, b, STEPS, product)
 
     def energy(self) -> Work:
         """``tr(E H Eᵀ)``: each pair of inputs once, in eight panels."""
@@ -180,7 +182,7 @@ class LayerWork:
         return Work(products=1.125 * m * n * n, elementwise=20 * m * n) if self.full else Work(elementwise=20 * m * n)
 
     def _with_moment(self, columns: int) -> Work:
-        return Work(products=2 * self.n**2 * columns) if self.full else Work(elementwise=12 * self.n * columns)
+        return Work(narrow=2 * self.n**2 * columns) if self.full else Work(elementwise=12 * self.n * columns)
 
 
 def metric(n: int, blocks: Iterable[int], options: SolveOptions, *, full: bool) -> Work:
@@ -189,7 +191,7 @@ def metric(n: int, blocks: Iterable[int], options: SolveOptions, *, full: bool) 
         return Work()
     product = Work()
     for b in set(blocks):
-        once = Work(products=2 * n * n * b)
+        once = Work(narrow=2 * n * n * b)
         product += once + Work(draws=n * b) + krylov(n, b, START_STEPS, once)
     feedback = options.quantizer.rounding == "gptq"
     return Work(elementwise=34 * n * n) + product + (factored(n) if feedback else Work())
@@ -239,7 +241,7 @@ def tuning(block: Block, quantized: frozenset[str], one: Work, *, rank: int, ste
         return Work()
     layers = [linear for linear in block.linears if linear.name in quantized]
     weights = sum(linear.out_features * linear.in_features for linear in layers)
-    step = one * (3 * batch) + Work(products=6 * weights * rank, elementwise=weights * (_UPDATE_BYTES + 8 * batch))
+    step = one * (3 * batch) + Work(narrow=6 * weights * rank, elementwise=weights * (_UPDATE_BYTES + 8 * batch))
     return step * steps + one * (_CHECKS * held)
 
 
