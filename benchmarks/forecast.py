@@ -190,7 +190,10 @@ def main() -> None:
         options = {"model": str(model), "calibration": str(text), "output": str(folder / "start")}
         options |= {"num_samples": RUN_SAMPLES, "seq_len": RUN_SEQ_LEN, "blocks_per_stage": 2}
         hardware = measured_hardware(folder, options)
-        print(as_file(hardware), "\n\n| workers | phase | predicted, s | real, s | predicted / real |\n|---|---|---|---|---|")
+        print(
+            as_file(hardware),
+            "\n\n| workers | phase | predicted, s | real, s | predicted / real |\n|---|---|---|---|---|",
+        )
         for workers in arguments.workers:
             pairs = compare(hardware, options | {"workers": workers, "output": str(folder / f"out-{workers}")})
             for phase, (predicted, real) in pairs.items():

@@ -1,7 +1,7 @@
 """How much a run computes, counted from shapes and options: what the forecast divides by the rates of some hardware.
 
-A product of ``[a, b]`` and ``[b, c]`` is ``2 a b c`` operations. Counted is what grows with the layers; what is small
-beside it at every size is left out. Letters are those of ``srr_dist.solve``: W ``[m, n]``, rank r, b columns to a block.
+A product of ``[a, b]`` and ``[b, c]`` is ``2 a b c`` operations. What is small beside
+the rest at every size is left out. Letters are those of ``srr_dist.solve``: W ``[m, n]``, rank r, b columns to a block.
 """
 
 from __future__ import annotations
@@ -120,12 +120,12 @@ class LayerWork:
 
     @property
     def rank(self) -> int:
-        """r of this layer."""
+        """The rank r of this layer."""
         return 0 if self.options.method == "none" else min(self.options.rank, self.m, self.n)
 
     @property
     def block(self) -> int:
-        """b, columns to a block."""
+        """Columns b to a block."""
         return block_size(self.m, self.n, self.rank)
 
     def solve(self) -> Work:
