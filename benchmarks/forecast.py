@@ -1,7 +1,8 @@
 """How fast each kind of work goes on this machine, and how near the forecast made of that comes to real runs.
 
 Rates are measured one by one, on shapes other than those of the runs, and printed as a file of ``jobs/hardware``. Then
-random Llamas are quantized on a local Ray, and the seconds of each phase are printed beside the predicted ones.
+a random Llama is quantized: first by one stage in this process, whose processor seconds do not depend on what else the
+machine does, then on a local Ray, in wall seconds. Those of each phase are printed beside the predicted ones.
 
     python benchmarks/forecast.py --workers 1 2
 """
@@ -33,13 +34,16 @@ from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.config import RunConfig
 from srr_dist.export.packing import pack
 from srr_dist.pipeline import operations
-from srr_dist.pipeline.cluster import Actors, connected
+from srr_dist.pipeline.cluster import Actors, Cluster, connected
 from srr_dist.pipeline.driver import quantize
 from srr_dist.pipeline.forecast import forecast
 from srr_dist.pipeline.hardware import Hardware
+from srr_dist.pipeline.memory import Budget
 from srr_dist.pipeline.operations import KINDS, LayerWork, Work
+from srr_dist.pipeline.plan import make_plan
 from srr_dist.pipeline.prepare import make_run, open_sources
-from srr_dist.pipeline.stage import Stage
+from srr_dist.pipeline.run import unit_name
+from srr_dist.pipeline.stage import Stage, StagePlan
 from srr_dist.solve import Metric, Quantizer, SolveOptions, make_grid
 from srr_dist.solve.lowrank import orthonormal, uniform
 from srr_dist.solve.metric import eigh, gram
@@ -47,6 +51,7 @@ from srr_dist.solve.rounding import feedback_of
 from srr_dist.store import ObjectStore
 
 WIDTH, SEQ_LEN, REPEATS = 1024, 256, 5
+HEAD = "| workers | phase | predicted, s | real, s | predicted / real |\n|---|---|---|---|---|"
 RUN_WIDTH, RUN_INTERMEDIATE, RUN_SAMPLES, RUN_SEQ_LEN = 512, 1408, 8, 512
 
 
@@ -56,17 +61,19 @@ class Rates:
     def __init__(self) -> None:
         self.found = dict.fromkeys(KINDS, math.inf)
 
-    def measure(self, kind: str, work: Work, task: Callable[[], Any]) -> None:
+    def measure(
+        self, kind: str, work: Work, task: Callable[[], Any], clock: Callable[[], float] = time.process_time
+    ) -> None:
         """Time a task and give the seconds that the other kinds in it do not explain to this one."""
-        seconds = median(self._timed(task) for _ in range(REPEATS))
+        seconds = median(self._timed(task, clock) for _ in range(REPEATS))
         rest = seconds - replace(work, **{kind: 0.0}).seconds(self.found)
         self.found[kind] = getattr(work, kind) / max(rest, 0.05 * seconds)
 
     @staticmethod
-    def _timed(task: Callable[[], Any]) -> float:
-        started = time.perf_counter()
+    def _timed(task: Callable[[], Any], clock: Callable[[], float]) -> float:
+        started = clock()
         task()
-        return time.perf_counter() - started
+        return clock() - started
 
 
 def measure_solving(rates: Rates) -> None:
@@ -118,8 +125,10 @@ def measure_storing(rates: Rates, checkpoint: Checkpoint, block: Block, folder: 
     packed = replace(block, nbytes=0, linears=block.linears[:1])
     rates.measure("host", operations.storing(packed, frozenset({block.linears[0].name})), lambda: pack(codes, 3))
     rates.measure("digest", Work(digest=len(data)), lambda: hashlib.sha256(data))
-    rates.measure("read", Work(read=block.nbytes), lambda: checkpoint.read(block.tensors))
-    rates.measure("write", Work(write=len(data), digest=len(data)), lambda: store.put("object", data))
+    rates.measure("read", Work(read=block.nbytes), lambda: checkpoint.read(block.tensors), time.perf_counter)
+    rates.measure(
+        "write", Work(write=len(data), digest=len(data)), lambda: store.put("object", data), time.perf_counter
+    )
 
 
 def seconds_to_start(options: dict[str, Any]) -> float:
@@ -162,6 +171,27 @@ def as_file(hardware: Hardware) -> str:
     return "\n".join([*head, f"start: {hardware.start:.0f}", "rates:", *rates])
 
 
+def alone(hardware: Hardware, options: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Processor seconds of one stage in this process, all blocks in one window; predicted, and taken."""
+    config = RunConfig.from_options(options)
+    run = make_run(open_sources(config.quantize), config.job.output, on_gpu=False)
+    stage, blocks = Stage(run, "host", 1), tuple(range(len(run.graph.blocks)))
+    stage.area.begin(run.document())
+    stage.open(StagePlan(0, 0, blocks, frozenset(blocks), start=0, save=None, last=True, planned_memory={}))
+    clock = [time.process_time()]
+    stage.forward(range(len(run.token_ids)), None)
+    clock.append(time.process_time())
+    stage.end_forward()
+    for index in blocks:
+        stage.solve(index, 1)
+        stage.commit(unit_name(index))
+    clock.append(time.process_time())
+    cluster = Cluster(1, cpus=1, gpus=0, budget=Budget(hardware.host_memory, None))
+    predicted = forecast(make_plan(run, cluster, len(blocks)), hardware).seconds
+    real = {"calibrating": clock[1] - clock[0], "solving": clock[2] - clock[1]}
+    return {phase: (predicted[phase], seconds) for phase, seconds in real.items()}
+
+
 def compare(hardware: Hardware, options: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Quantize once; phase -> seconds predicted, and seconds it took."""
     started = time.perf_counter()
@@ -175,13 +205,21 @@ def compare(hardware: Hardware, options: dict[str, Any]) -> dict[str, tuple[floa
     return pairs | {"the rest": (rest, whole - sum(real.values())), "all": (sum(predicted.values()), whole)}
 
 
+def show(run: str, pairs: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Print the rows of a run; returns them for the file of figures."""
+    rows = []
+    for phase, (predicted, real) in pairs.items():
+        print(f"| {run} | {phase} | {predicted:.1f} | {real:.1f} | {predicted / real:.2f} |", flush=True)
+        rows.append({"run": run, "phase": phase, "predicted": predicted, "real": real})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         text = folder / "text.txt"
@@ -190,15 +228,11 @@ def main() -> None:
         options = {"model": str(model), "calibration": str(text), "output": str(folder / "start")}
         options |= {"num_samples": RUN_SAMPLES, "seq_len": RUN_SEQ_LEN, "blocks_per_stage": 2}
         hardware = measured_hardware(folder, options)
-        print(
-            as_file(hardware),
-            "\n\n| workers | phase | predicted, s | real, s | predicted / real |\n|---|---|---|---|---|",
-        )
+        print(f"{as_file(hardware)}\n\n{HEAD}")
+        rows = show("1, processor seconds", alone(hardware, options | {"output": str(folder / "alone")}))
         for workers in arguments.workers:
             pairs = compare(hardware, options | {"workers": workers, "output": str(folder / f"out-{workers}")})
-            for phase, (predicted, real) in pairs.items():
-                print(f"| {workers} | {phase} | {predicted:.1f} | {real:.1f} | {predicted / real:.2f} |", flush=True)
-                rows.append({"workers": workers, "phase": phase, "predicted": predicted, "real": real})
+            rows += show(str(workers), pairs)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         figures = {"hardware": as_file(hardware), "rows": rows}
