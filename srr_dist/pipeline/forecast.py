@@ -84,7 +84,9 @@ def forecast(plan: Plan, hardware: Hardware) -> Forecast:
         seconds["solving"] += solved
         seconds["reading"] += late
     seconds["assembling"] = costs.of(Work(write=output_bytes(plan.run)))
-    return Forecast(hardware, plan.cluster.workers, seconds, sum(plan.traffic().values()))
+    traffic = plan.traffic()
+    stored = sum(traffic.values()) + traffic["boundaries written and read"]  # which are so many each way
+    return Forecast(hardware, plan.cluster.workers, seconds, stored)
 
 
 @dataclass(frozen=True)

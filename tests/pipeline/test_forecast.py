@@ -143,6 +143,13 @@ def test_stage_stores_and_reads_beside_its_solving(six_blocks, text):
     assert forecast(plan, slow).seconds["reading"] > 5 * read * 1e6  # too slow to keep up with
 
 
+def test_storage_traffic_has_boundaries_both_ways(six_blocks, text):
+    traffic = (plan := make(six_blocks, text)).traffic()
+    boundary = 8 * 32 * 64 * 4
+    assert traffic["boundaries written and read"] == boundary
+    assert forecast(plan, UNIT).stored == traffic["source read"] + traffic["result written"] + 2 * boundary
+
+
 def test_run_without_a_text_passes_nothing(six_blocks):
     config = QuantizeConfig(model=str(six_blocks), scaling="identity", rank=4)
     run = prepare.make_run(prepare.open_sources(config), "memory://plan", on_gpu=False)
