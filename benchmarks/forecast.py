@@ -184,7 +184,7 @@ def alone(hardware: Hardware, options: dict[str, Any]) -> dict[str, tuple[float,
     stage.end_forward()
     for index in blocks:
         stage.solve(index, 1)
-        stage.commit(unit_name(index))
+        stage.commits.result(unit_name(index))
     clock.append(time.process_time())
     cluster = Cluster(1, cpus=1, gpus=0, budget=Budget(hardware.host_memory, None))
     predicted = forecast(make_plan(run, cluster, len(blocks)), hardware).seconds
@@ -225,7 +225,7 @@ def main() -> None:
         text = folder / "text.txt"
         text.write_text("".join(random.Random(0).choices([chr(33 + i) for i in range(VOCAB - 1)], k=20_000)))
         model = write_checkpoint(folder / "model", arguments.blocks, RUN_WIDTH, RUN_INTERMEDIATE)
-        options = {"model": str(model), "calibration": str(text), "output": str(folder / "start")}
+        options: dict[str, Any] = {"model": str(model), "calibration": str(text), "output": str(folder / "start")}
         options |= {"num_samples": RUN_SAMPLES, "seq_len": RUN_SEQ_LEN, "blocks_per_stage": 2}
         hardware = measured_hardware(folder, options)
         print(f"{as_file(hardware)}\n\n{HEAD}")

@@ -82,7 +82,7 @@ class Work:
 
     def seconds(self, rates: Mapping[str, float]) -> float:
         """One kind after the other, each at its rate per second."""
-        return sum(amount / rates[kind] for kind, amount in zip(KINDS, astuple(self), strict=True) if amount)
+        return float(sum(amount / rates[kind] for kind, amount in zip(KINDS, astuple(self), strict=True) if amount))
 
 
 KINDS = tuple(field.name for field in fields(Work))
