@@ -44,9 +44,12 @@ def run_parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def parse_run(parser: argparse.ArgumentParser, arguments: list[str]) -> RunConfig:
     """The run that the arguments, their recipe and their preset describe."""
-    flags = vars(parser.parse_args(arguments))
-    recipe = flags.pop("recipe")
-    return RunConfig.from_options(resolve_options(flags, recipe))
+    return run_config(vars(parser.parse_args(arguments)))
+
+
+def run_config(flags: dict[str, Any]) -> RunConfig:
+    """The run that parsed flags, their recipe and their preset describe."""
+    return RunConfig.from_options(resolve_options(flags, flags.pop("recipe")))
 
 
 def run_command(work: Callable[[], int]) -> int:

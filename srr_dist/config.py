@@ -236,16 +236,16 @@ def load_mapping(path: str | Path, kind: str) -> dict[str, Any]:
     return content
 
 
-def presets_folder() -> Path:
-    """Where the presets lie: ``jobs/presets`` of a source tree, or the package's copy of it."""
-    inside = Path(__file__).parent / "presets"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "jobs" / "presets"
+def jobs_folder(name: str) -> Path:
+    """Where presets or hardware files lie: ``jobs/<name>`` of a source tree, or the package's copy of it."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "jobs" / name
 
 
 def resolve_options(flags: dict[str, Any], recipe: str | None) -> dict[str, Any]:
     """Merge preset, recipe and flags, the later winning, and point hub ids to the model root where one is set."""
     given = (load_recipe(recipe) if recipe else {}) | flags
-    preset = presets_folder() / f"{given.get('model', '')}.yaml"
+    preset = jobs_folder("presets") / f"{given.get('model', '')}.yaml"
     name = str(given.get("model", ""))
     if re.fullmatch(r"[\w.-]+", name) and preset.is_file() and not Path(name).exists():
         given = load_recipe(preset) | {key: value for key, value in given.items() if key != "model"}

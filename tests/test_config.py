@@ -14,9 +14,9 @@ from srr_dist.config import (
     QuantizeConfig,
     RunConfig,
     canonical_json,
+    jobs_folder,
     load_recipe,
     parse_bytes,
-    presets_folder,
     resolve_options,
 )
 from srr_dist.errors import ConfigError
@@ -286,7 +286,7 @@ def presets(tmp_path, monkeypatch):
     folder = tmp_path / "presets"
     folder.mkdir()
     (folder / "tiny.yaml").write_text(yaml.safe_dump({"model": "org/tiny", "rank": 4, "bits": 4, "seed": 9}))
-    monkeypatch.setattr(srr_dist.config, "presets_folder", lambda: folder)
+    monkeypatch.setattr(srr_dist.config, "jobs_folder", lambda name: folder)
     monkeypatch.delenv("SRR_MODEL_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
     return folder
@@ -310,7 +310,7 @@ def test_other_model_is_no_preset(presets, model):
 
 def test_presets_of_the_source_tree_are_valid(monkeypatch):
     monkeypatch.delenv("SRR_MODEL_ROOT", raising=False)
-    for path in presets_folder().glob("*.yaml"):
+    for path in jobs_folder("presets").glob("*.yaml"):
         options = resolve_options({"model": path.stem, "output": "o", "calibration": "c"}, None)
         assert RunConfig.from_options(options).quantize.model != path.stem
 

@@ -30,7 +30,7 @@ _FAILED_STARTS = 4
 # Readers are threads; with the C library's default of eight pools of freed memory a core, each keeps some. And threads
 # that spin while they wait for one another take the cores from whatever else runs on the machine.
 _WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-_SHARE_OF_FREE = {"host": 0.8, "gpu": 0.9}
+SHARE_OF_FREE = {"host": 0.8, "gpu": 0.9}
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def _budget(job: JobConfig, per_node: int, gpus: int) -> Budget:
     host, gpu = parse_bytes(job.host_memory, "host_memory"), parse_bytes(job.gpu_memory, "gpu_memory")
     if host is None or (gpus and gpu is None):
         free_host, free_gpu = ray.get(ray.remote(num_cpus=0, num_gpus=gpus)(_free_memory).remote())
-        host = host or int(_SHARE_OF_FREE["host"] * free_host / per_node)
-        gpu = gpu or (int(_SHARE_OF_FREE["gpu"] * free_gpu) if free_gpu else None)
+        host = host or int(SHARE_OF_FREE["host"] * free_host / per_node)
+        gpu = gpu or (int(SHARE_OF_FREE["gpu"] * free_gpu) if free_gpu else None)
     return Budget(host, gpu if gpus else None)
 
 

@@ -1,0 +1,272 @@
+"""How much a run computes, counted from shapes and options: what the forecast divides by the rates of some hardware.
+
+A product of ``[a, b]`` and ``[b, c]`` is ``2 a b c`` operations. What is small beside
+the rest at every size is left out. Letters are those of ``srr_dist.solve``: W ``[m, n]``, rank r, b columns to a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, fields
+
+from srr_dist.checkpoint.graph import Block
+from srr_dist.solve import Quantizer, SolveOptions
+from srr_dist.solve.lowrank import START_STEPS, block_size
+from srr_dist.solve.split import coarse_candidates, refined_candidates
+
+STEPS = 4
+"""Of the block Krylov space on the average: three to six in small random models, and ten are allowed."""
+
+_TRIAL_BYTES = 70
+"""Read and written for each weight and each scale that is tried."""
+_ENCODE_BYTES = 30
+_RESIDUAL_BYTES = 70
+"""The same to form W − P_k, Q and W − Q and to add up an energy."""
+_FEEDBACK_BYTES = 180
+"""The same while errors go from input to input, inside a range of 32."""
+_FEEDBACK_CALLS = 9
+"""Operations on one input's weights."""
+_TRIAL_CALLS, _TRIAL_CHUNK = 12, 2**18
+_UPDATE_BYTES = 160
+"""Read and written for each weight by a tuning step: what it is multiplied with, its gradients, Adam."""
+_CHECKS = 6
+"""Times that tuning measures the sequences held out."""
+_PACK_BYTES = 40
+"""Read and written on the host to pack a code."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Amounts of each kind of work. A kind is what runs at one rate on given hardware."""
+
+    forward: float = 0.0
+    """Operations of the blocks' passes, in the passes' own type."""
+    moments: float = 0.0
+    """Operations of ``xᵀ x``: from the passes' type to float32."""
+    products: float = 0.0
+    """Operations of the solver's float32 products of wide matrices."""
+    narrow: float = 0.0
+    """Operations of its float32 products with a block of columns."""
+    thin: float = 0.0
+    """Operations of float64 products with a thin matrix."""
+    reflections: float = 0.0
+    """Operations of float64 Householder factorizations of thin matrices."""
+    cholesky: float = 0.0
+    """Operations of float64 Cholesky factorizations."""
+    eigen: float = 0.0
+    """Cubes of the orders of float64 eigenproblems, solved on one CPU thread."""
+    elementwise: float = 0.0
+    """Bytes read and written by operations on whole matrices."""
+    feedback: float = 0.0
+    """Bytes read and written while error feedback goes from input to input."""
+    calls: float = 0.0
+    """Operations so small that starting them takes longest."""
+    draws: float = 0.0
+    """Random numbers, drawn on one CPU thread."""
+    host: float = 0.0
+    """Bytes read and written by one CPU thread."""
+    digest: float = 0.0
+    """Bytes that go through sha256."""
+    link: float = 0.0
+    """Bytes between host and GPU."""
+    read: float = 0.0
+    """Bytes from storage to one worker."""
+    write: float = 0.0
+    """Bytes from one worker to storage."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(amount * times for amount in astuple(self)))
+
+    def seconds(self, rates: Mapping[str, float]) -> float:
+        """One kind after the other, each at its rate per second."""
+        return float(sum(amount / rates[kind] for kind, amount in zip(KINDS, astuple(self), strict=True) if amount))
+
+
+KINDS = tuple(field.name for field in fields(Work))
+
+
+def total(works: Iterable[Work]) -> Work:
+    """Their sum."""
+    return sum(works, Work())
+
+
+def krylov(m: int, b: int, steps: int, product: Work) -> Work:
+    """Leading eigenvectors of a matrix of order m from a block of b columns; ``product``: the matrix times a block."""
+    found = product * steps + Work(reflections=4 * m * b * b)
+    for step in range(1, steps + 1):
+        found += Work(thin=2 * m * step * b * b, eigen=(step * b) ** 3)
+        if step < steps:  # twice beyond the basis so far
+            found += Work(thin=2 * 4 * m * step * b * b, reflections=2 * 4 * m * b * b)
+    return found + Work(thin=2 * m * steps * b * b)
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What it takes to solve one layer.
+
+    Attributes:
+        m, n: outputs and inputs.
+        options: of the solver.
+        full: whether its moment is a matrix, not a diagonal.
+    """
+
+    m: int
+    n: int
+    options: SolveOptions
+    full: bool
+
+    @property
+    def rank(self) -> int:
+        """The rank r of this layer."""
+        return 0 if self.options.method == "none" else min(self.options.rank, self.m, self.n)
+
+    @property
+    def block(self) -> int:
+        """Columns b to a block."""
+        return block_size(self.m, self.n, self.rank)
+
+    def solve(self) -> Work:
+        """The layer from its weight and metric to its stored factors."""
+        m, n, r = self.m, self.n, self.rank
+        work = self.tried() + self.iteration() * (self.options.iterations if r else 0)
+        work += self.descent() * (self.options.descent if self.full else 0)
+        work += Work(link=2 * m * n) + self._with_moment(r) + Work(narrow=2 * m * n * r)
+        if self.options.method != "srr":
+            return work + self.energy()
+        return work + self.subspace() * 2 + Work(draws=m * n)  # of W, and of random numbers for the criterion
+
+    def tried(self) -> Work:
+        """The k that are tried."""
+        compared, judged = self.candidates()
+        quantizer = self.options.quantizer
+        return self.candidate(Quantizer(quantizer.grid)) * compared + self.candidate(quantizer) * judged
+
+    def candidates(self) -> tuple[int, int]:
+        """How many k the plainest quantizer compares in a search, and how many the whole one solves, at most."""
+        if self.options.method != "srr":
+            return 0, 1
+        if self.options.split != "search":
+            return 0, 2 if self.options.split == "criterion" else 3
+        searched = len(coarse_candidates(self.rank)) + 1 + len(refined_candidates(self.rank // 2, self.rank))
+        return searched, 0 if self.options.quantizer == Quantizer(self.options.quantizer.grid) else 3
+
+    def candidate(self, quantizer: Quantizer) -> Work:
+        """One k: the residual quantized, and what is left approximated."""
+        preserved = Work(narrow=self.m * self.n * self.rank)  # k is half of r on the average
+        return preserved + self.rounding(quantizer) + (self.subspace() if self.rank else self.energy())
+
+    def iteration(self) -> Work:
+        """Codes anew beside the adapter, and the adapter beside the codes."""
+        quantizer = self.options.quantizer
+        again = self.full and self.options.rounding_metric == "downdated" and quantizer.rounding == "gptq"
+        return self._beside() + self.rounding(quantizer) + self.subspace() + (factored(self.n) if again else Work())
+
+    def descent(self) -> Work:
+        """Codes and scales one after the other beside the adapter, and the adapter beside the codes."""
+        m, n, quantizer = self.m, self.n, self.options.quantizer
+        codes = Work(products=3 * m * n * n, feedback=m * n * _FEEDBACK_BYTES, calls=n * _FEEDBACK_CALLS)
+        scales = Work(products=2 * m * n * n) if quantizer.scales == "search" and quantizer.grid.continuous else Work()
+        approximated = self.subspace() if self.rank else self.energy()
+        return self._beside() + codes + scales + Work(elementwise=m * n * _RESIDUAL_BYTES) + approximated
+
+    def _beside(self) -> Work:
+        """What the adapter leaves, and the metric in which it is quantized."""
+        m, n, r = self.m, self.n, self.rank
+        work = Work(narrow=2 * m * n * r)
+        if not (r and self.full and self.options.rounding_metric == "downdated"):
+            return work
+        return work + self._with_moment(r) + Work(thin=2 * n * n * r + 2 * n * r * r, elementwise=40 * n * n)
+
+    def rounding(self, quantizer: Quantizer) -> Work:
+        """Scales, codes, and their difference from the weight."""
+        m, n = self.m, self.n
+        trials = len(quantizer.grid.trials) if quantizer.scales == "search" else 0
+        chunks = -(-m * n // _TRIAL_CHUNK)
+        work = Work(elementwise=m * n * (_RESIDUAL_BYTES + _ENCODE_BYTES))
+        work += Work(elementwise=m * n * _TRIAL_BYTES, calls=chunks * _TRIAL_CALLS) * (trials + 1 if trials else 0)
+        if quantizer.rounding == "gptq" and self.full:
+            work += Work(products=m * n * n, feedback=m * n * _FEEDBACK_BYTES, calls=n * _FEEDBACK_CALLS)
+        return work
+
+    def subspace(self) -> Work:
+        """The leading directions of an ``[m, n]`` matrix in the metric, and its energy."""
+        m, n, b = self.m, self.n, self.block
+        product = Work(narrow=4 * m * n * b) + self._with_moment(b)
+        return self.energy() + Work(narrow=4 * m * n * b) + krylov(m, b, STEPS, product)
+
+    def energy(self) -> Work:
+        """``tr(E H Eᵀ)``: each pair of inputs once, in eight panels."""
+        m, n = self.m, self.n
+        return Work(products=1.125 * m * n * n, elementwise=20 * m * n) if self.full else Work(elementwise=20 * m * n)
+
+    def _with_moment(self, columns: int) -> Work:
+        return Work(narrow=2 * self.n**2 * columns) if self.full else Work(elementwise=12 * self.n * columns)
+
+
+def metric(n: int, blocks: Iterable[int], options: SolveOptions, *, full: bool) -> Work:
+    """What layers of n inputs share: H itself, where their searches begin (b columns each), and the factor of H."""
+    if not full:
+        return Work()
+    product = Work()
+    for b in set(blocks):
+        once = Work(narrow=2 * n * n * b)
+        product += once + Work(draws=n * b) + krylov(n, b, START_STEPS, once)
+    feedback = options.quantizer.rounding == "gptq"
+    return Work(elementwise=34 * n * n) + product + (factored(n) if feedback else Work())
+
+
+def factored(n: int) -> Work:
+    """The Cholesky factor of a moment, with what is copied around it."""
+    return Work(cholesky=n**3 / 3, elementwise=56 * n * n)
+
+
+def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, full: bool) -> list[Work]:
+    """What each group of a block's layers that share an input takes, in the block's order."""
+    groups: dict[str, list[LayerWork]] = {}
+    for linear in block.linears:
+        if linear.name in quantized:
+            layer = LayerWork(linear.out_features, linear.in_features, options, full)
+            groups.setdefault(linear.input, []).append(layer)
+    return [
+        total(layer.solve() for layer in layers)
+        + metric(layers[0].n, (layer.block for layer in layers if layer.rank), options, full=full)
+        for layers in groups.values()
+    ]
+
+
+def passing(block: Block, seq_len: int, hidden_size: int) -> Work:
+    """One sequence through a block: its linear layers, and causal attention over it."""
+    weights = sum(linear.out_features * linear.in_features for linear in block.linears)
+    return Work(forward=2 * seq_len * weights + 2 * seq_len**2 * hidden_size)
+
+
+def moments(block: Block, quantized: frozenset[str], seq_len: int, scaling: str, *, away: bool) -> Work:
+    """One sequence added to the moments of a block, which may lie away from the GPU.
+
+    Of each matrix the lower triangle in four panels: five eighths.
+    """
+    widths = {linear.input: linear.in_features for linear in block.linears if linear.name in quantized}.values()
+    if scaling != "exact":
+        return Work(elementwise=sum(12 * seq_len * n for n in widths) if scaling != "identity" else 0)
+    entries = sum(0.625 * n * n for n in widths)
+    work = Work(moments=2 * seq_len * entries)
+    return work + (Work(link=4 * entries, host=32 * entries) if away else Work(elementwise=32 * entries))
+
+
+def tuning(block: Block, quantized: frozenset[str], one: Work, *, rank: int, steps: int, batch: int, held: int) -> Work:
+    """Gradient steps on all layers of a block; ``one``: a sequence's pass, which takes twice that to go back."""
+    if not steps:
+        return Work()
+    layers = [linear for linear in block.linears if linear.name in quantized]
+    weights = sum(linear.out_features * linear.in_features for linear in layers)
+    step = one * (3 * batch) + Work(narrow=6 * weights * rank, elementwise=weights * (_UPDATE_BYTES + 8 * batch))
+    return step * steps + one * (_CHECKS * held)
+
+
+def storing(block: Block, quantized: frozenset[str]) -> Work:
+    """A solved block, packed on the host; the source it was made from goes through sha256."""
+    weights = sum(linear.out_features * linear.in_features for linear in block.linears if linear.name in quantized)
+    return Work(host=weights * _PACK_BYTES, digest=block.nbytes)
