@@ -59,20 +59,21 @@ def _cholesky(A: Tensor) -> tuple[Tensor, float]:
         damping *= 10.0
 
 
-def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
-    """Codes of ``W: [m, n]`` (float32) under given scales (bfloat16 ``[m, groups]``), int8 ``[m, n]``.
+def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback, zero: Tensor | None = None) -> Tensor:
+    """Codes of ``W: [m, n]`` (float32) under given scales and zero points, of the grid's type ``[m, n]``.
 
     Works on inputs as rows. A range of inputs is rounded half by half, and between its halves the errors of the first
     reach the targets of the second in one product; only inside a short range do they go from input to input.
     """
     m, n = W.shape
-    low, high = grid.code_range
     order, U = feedback.order, feedback.U
     delta = W.mT[order]  # holds weights until they are rounded, then errors
     target = delta.clone()
     group = order // (n // scale.shape[1])
     steps = scale.float().mT[group]
-    codes = torch.empty(n, m, dtype=torch.int8, device=W.device)
+    zeros = [None] * scale.shape[1] if zero is None else list(zero.mT.contiguous())
+    zero_of = [zeros[g] for g in group.tolist()]
+    codes = torch.empty(n, m, dtype=grid.dtype, device=W.device)
 
     def round_range(start: int, stop: int) -> None:
         if stop - start > _RANGE:
@@ -82,7 +83,7 @@ def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
             round_range(middle, stop)
             return
         for j in range(start, stop):
-            code = (target[j] / steps[j]).round_().clamp_(low, high)
+            code = grid.clamp_((target[j] / steps[j]).round_(), zero_of[j])
             codes[j] = code
             delta[j] -= code.mul_(steps[j]).bfloat16()  # as readers will hold it
             target[j + 1 : stop].addr_(U[j, j + 1 : stop], delta[j])
