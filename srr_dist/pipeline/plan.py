@@ -93,6 +93,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         feedback=run.config.rounding == "gptq",
         downdated=rank > 0 and run.config.iterations > 0 and run.config.rounding_metric == "downdated",
         bits=run.config.bits,
+        code_bytes=run.grid.dtype.itemsize,
         rank=rank,
         tuned=run.config.tune_steps > 0,
         threads=cluster.cpus,

@@ -91,7 +91,7 @@ class Grid(ABC):
             yield (own.float() * factor).bfloat16(), None
 
     def zero(self, codes: Tensor) -> Tensor | None:
-        """Zero points to store with ``codes: [..., m, n]``: None, or as ``candidates`` has them."""
+        """Zero points to store with ``codes: [..., m, n]``: None, or ``[..., m, groups]`` of the same type."""
         return None
 
     def clamp_(self, codes: Tensor, zero: Tensor | None, margin: float = 0.0) -> Tensor:
@@ -225,7 +225,7 @@ class AsymmetricIntGrid(IntGrid):
         """Of the zero points that let every code of a group be stored, the nearest to 0."""
         (low, high), groups = self.code_range, self.grouped(codes)
         least, most = low - groups.amin(-1), high - groups.amax(-1)
-        return torch.zeros_like(least).clamp_(least, most).float()
+        return torch.zeros_like(least).clamp_(least, most)
 
     def _reaching(self, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of groups that reach from ``bottom <= 0`` to ``top >= 0``."""

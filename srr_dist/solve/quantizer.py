@@ -64,7 +64,9 @@ def search_scales(W: Tensor, grid: Grid, weights: Tensor) -> tuple[Tensor, Tenso
     Returns:
         scale: bfloat16 ``[m, groups]``; zero: None, or float32 ``[m, groups]``; of equal ones the first.
     """
-    scales, zeros = zip(*(_search_rows(rows, grid, weights) for rows in W.split(max(1, _CHUNK // W.shape[1]))), strict=True)
+    scales, zeros = zip(
+        *(_search_rows(rows, grid, weights) for rows in W.split(max(1, _CHUNK // W.shape[1]))), strict=True
+    )
     return torch.cat(scales), None if grid.symmetric else torch.cat(zeros)
 
 
