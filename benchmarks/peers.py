@@ -3,8 +3,8 @@
 Makes the environments (once, below ``--folder``), hands every peer the same model and calibration tokens, and leaves a
 folder for each, which ``quality.py --peers`` evaluates beside our recipes, on the same tokens, in one run:
 
-    python benchmarks/peers.py --model FOLDER --calibration TEXT --folder /tmp/peers --bits 3
-    python benchmarks/quality.py --model FOLDER --calibration TEXT --text TEXT --peers /tmp/peers/int3-*
+    python benchmarks/peers.py --model M --calibration TEXT --folder /tmp/peers --bits 3
+    python benchmarks/quality.py --model M --calibration TEXT --text TEXT --peers /tmp/peers/int3-*
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import safetensors.torch
 from quality import calibration_ids
 
-from srr_dist.checkpoint.source import open_checkpoint
+from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 PINNED = "torch=="
@@ -56,9 +56,18 @@ def environment(folder: Path, name: str, packages: tuple[str, ...]) -> Path:
     return python
 
 
-def write_tokens(arguments: argparse.Namespace) -> Path:
+def write_model(checkpoint: Checkpoint, folder: Path) -> None:
+    """The checkpoint as a folder with one safetensors file, which every peer reads."""
+    folder.mkdir(exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.read(checkpoint.tensors).items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, content in checkpoint.companions().items():
+        (folder / name).write_bytes(content)
+
+
+def write_tokens(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Path:
     """The calibration tokens of ``quality.py`` with the same options."""
-    ids = calibration_ids(open_checkpoint(arguments.model), arguments)
+    ids = calibration_ids(checkpoint, arguments)
     path: Path = arguments.folder / "tokens.safetensors"
     safetensors.torch.save_file({"ids": ids.contiguous()}, path)
     return path
@@ -66,7 +75,7 @@ def write_tokens(arguments: argparse.Namespace) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a safetensors folder")
+    parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -75,7 +84,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="environments, tokens and results")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    tokens = write_tokens(arguments)
+    checkpoint = open_checkpoint(arguments.model)
+    model, tokens = arguments.folder / "model", write_tokens(checkpoint, arguments)
+    write_model(checkpoint, model)
     for name in arguments.only:
         peer = PEERS[name]
         python = environment(arguments.folder, name, peer.packages)
@@ -84,7 +95,7 @@ def main() -> None:
                 output = arguments.folder / "-".join((f"int{bits}", name, *variant[1::2]))
                 if (output / "peer.json").exists():
                     continue
-                command = [str(python), str(Path(__file__).with_name("peer.py")), name, "--model", arguments.model]
+                command = [str(python), str(Path(__file__).with_name("peer.py")), name, "--model", str(model)]
                 command += ["--tokens", str(tokens), "--bits", str(bits), *variant, "--output", str(output)]
                 subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
                 print(f"{output}: {(output / 'peer.json').read_text().strip()}", flush=True)

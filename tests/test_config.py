@@ -40,6 +40,7 @@ REFUSED = [
     ("scales", "best", "one of absmax, search"),
     ("rounding", "yaqa", "one of nearest, gptq"),
     ("iterations", -1, "0 or more"),
+    ("descent", -1, "0 or more"),
     ("tune_steps", -1, "0 or more"),
     ("tune_batch", 0, "at least 1"),
     ("rounding_metric", "half", "one of full, downdated"),
@@ -51,7 +52,7 @@ REFUSED = [
     ("split", "fixed:", "search, criterion, energy or fixed:K"),
     ("split", "fixed:-1", "search, criterion, energy or fixed:K"),
     ("split", "search:3", "search, criterion, energy or fixed:K"),
-    ("split", "fixed:33", "K from 0 to the rank 32"),
+    ("split", "fixed:17", "K from 0 to the rank 16"),
     ("form", "both", "one of joint, split"),
     ("scaling", "hessian", "one of exact, diag, lqer, identity"),
     ("calibration", "", "text to calibrate on (--calibration)"),
@@ -84,7 +85,7 @@ REFUSED = [
 
 ACCEPTED = [
     {"bits": 2}, {"bits": 8}, {"group_size": -1}, {"group_size": 1}, {"rank": 0, "method": "none"}, {"seed": 2**63 - 1},
-    {"split": "fixed:0"}, {"split": "fixed:32"}, {"split": "energy"}, {"max_bad_rows": 0}, {"max_bad_rows": 1.0},
+    {"split": "fixed:0"}, {"split": "fixed:16"}, {"split": "energy"}, {"max_bad_rows": 0}, {"max_bad_rows": 1.0},
     {"calibration": "", "scaling": "identity"}, {"calibration": "", "method": "none"}, {"gpu_memory": "70GiB"},
     {"revision": "main"}, {"include": r"layers\.[0-3]\."},
 ]  # fmt: skip
@@ -108,10 +109,12 @@ def test_tuning_needs_text_and_sequences_to_hold_out():
     RunConfig.from_options(plain)
 
 
-def test_iterations_need_the_joint_form():
-    with pytest.raises(ConfigError, match=r"^iterations: expected 0 \(--iterations 0\) with the split form, found 2"):
-        RunConfig.from_options(COMPLETE | {"form": "split", "iterations": 2})
-    RunConfig.from_options(COMPLETE | {"form": "split", "iterations": 0})
+@pytest.mark.parametrize("name", ["iterations", "descent"])
+def test_iterations_and_descent_need_the_joint_form(name):
+    other = {"iterations": 0, "descent": 0, "form": "split"}
+    with pytest.raises(ConfigError, match=rf"^{name}: expected 0 \(--{name} 0\) with the split form, found 2"):
+        RunConfig.from_options(COMPLETE | other | {name: 2})
+    RunConfig.from_options(COMPLETE | other)
     RunConfig.from_options(COMPLETE | {"method": "none", "iterations": 2})  # which has nothing to iterate
 
 
@@ -166,9 +169,9 @@ def test_include_and_exclude_select_layers(include, exclude, selected):
 # The fingerprint: each option is either a location (never counts) or has here another value that must change it.
 LOCATIONS = {"model": "elsewhere", "revision": "abc", "calibration": "other.txt"}
 CHANGES = {
-    "method": "qer", "grid": "int", "bits": 4, "group_size": 64, "rank": 33, "split": "criterion", "form": "split",
+    "method": "qer", "grid": "mxint", "bits": 4, "group_size": 32, "rank": 33, "split": "criterion", "form": "split",
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
-    "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "shrinkage": 0.3,
+    "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
@@ -218,7 +221,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "a5ed4e44ee449267d976d5034332112b464b7f379198ce67abb0e0620f1309bd"
+    assert fingerprint() == "a87b468f8e070d06fa60a15267ee38830ed84aa422ec531da64d71f8145ddc55"
 
 
 def test_canonical_json_is_one_byte_string():

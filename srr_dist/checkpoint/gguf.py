@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
@@ -82,7 +83,8 @@ def companions(url: str) -> dict[str, bytes]:
     """File name -> content of the tokenizer that transformers derives from the header."""
     with _header_file(url, file_size(url)) as path, TemporaryDirectory(prefix="srr-tokenizer-") as folder:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            with _bounded_reading():
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # each tokenizer conversion fails in its own way
             raise CheckpointError(f"{url}: transformers cannot derive its tokenizer: {error}") from error
         tokenizer.save_pretrained(folder)
@@ -121,16 +123,32 @@ def _holds_header(path: Path, url: str, prefix: int, size: int) -> bool:
 
 
 class _BoundedReader(GGUFReader):
-    """gguf's reader held to the bytes that are there: by itself it follows any count in the header without end."""
+    """gguf's reader held to the bytes that are there, and several times faster.
+
+    By itself it follows any count in the header without end, and takes each of the hundred thousands of values of a
+    vocabulary as a slice of a ``numpy.memmap``, which is slow.
+    """
 
     _reads = 0
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         self._reads += 1
-        stop = int(offset) + np.dtype(dtype).itemsize * int(count)
-        if stop > len(self.data) or self._reads > _MAX_READS:
-            raise ValueError(f"bytes {int(offset)} to {stop} of {len(self.data)} are one of {self._reads} values")
-        return super()._get(offset, dtype, count, override_order)
+        kind, count = np.dtype(dtype), int(count)
+        stop = int(offset) + kind.itemsize * count
+        if stop > self.data.nbytes or self._reads > _MAX_READS:
+            raise ValueError(f"bytes {int(offset)} to {stop} of {self.data.nbytes} are one of {self._reads} values")
+        order = self.byte_order if override_order is None else override_order
+        return np.ndarray(count, kind if order == "I" else kind.newbyteorder(order), self.data, int(offset))
+
+
+@contextmanager
+def _bounded_reading() -> Iterator[None]:
+    """Lend transformers our reader: it parses a header anew, with that of gguf, for whatever is asked of it."""
+    gguf.GGUFReader = _BoundedReader  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = GGUFReader  # type: ignore[misc]
 
 
 def _architecture(reader: GGUFReader) -> str:
@@ -160,7 +178,8 @@ def _parse(path: Path) -> GGUFReader:
 
 def _config_json(path: Path) -> str:
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with _bounded_reading():
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the mapping indexes into whatever the header says
         raise CheckpointError(f"transformers cannot derive a configuration from the header: {error!r}") from error
     config.dtype = torch.float32  # what dequantized weights are; the file says nothing of the original

@@ -127,18 +127,22 @@ def _shares(layer: Record) -> list[tuple[float, float | None]]:
 
 def _types(layers: list[Record]) -> Html:
     headings = ("type", "layers", "shape", "rank", "k", "criterion's k")
-    errors = ("error at k = 0", "at criterion's k", "at chosen k", "as stored", "bits", "solve")
+    errors = ("error at k = 0", "at criterion's k", "at chosen k", "as stored", "bits", "solve", "search of k")
     rows = []
     for name, group in by_type(layers).items():
         shapes = sorted({"×".join(map(str, layer["shape"])) for layer in group})
         lost = (percent(median(map(_error(choice), group))) for choice in (*CHOICES, "stored"))
         counts = (plain(median(map(_field(field), group))) for field in ("rank", "k", "k_criterion"))
         bits = plain(median(map(_field("bits_per_weight"), group)))
-        seconds = sum(number(layer["seconds"], "solve") or 0.0 for layer in group)
-        rows.append((tag("code", name), str(len(group)), ", ".join(shapes), *counts, *lost, bits, duration(seconds)))
-    note = "Medians over the layers of a type; as stored is the chosen k with the factors rounded to bfloat16."
+        solve, search = (sum(number(layer["seconds"], of) or 0.0 for layer in group) for of in ("solve", "search"))
+        times = (duration(solve), percent(ratio(search, solve)))
+        rows.append((tag("code", name), str(len(group)), ", ".join(shapes), *counts, *lost, bits, *times))
+    note = (
+        "Medians over the layers of a type; as stored is the chosen k with the factors rounded to bfloat16. The "
+        "search of k is a share of the time to solve."
+    )
     return section(
-        "By layer type", note, table(headings + errors, rows, label="Layer types", numeric=(1, *range(3, 12)))
+        "By layer type", note, table(headings + errors, rows, label="Layer types", numeric=(1, *range(3, 13)))
     )
 
 

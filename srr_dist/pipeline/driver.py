@@ -126,7 +126,7 @@ def work_off(
                         "here; use an output (and statistics) that every node of the cluster shares"
                     )
                 metrics.workers.set(len(workers))
-                events.note("window", blocks=describe(window), workers=len(workers))
+                events.note("window", work=describe(window), workers=len(workers))
                 failures = WindowWork(plan, workers, window, number, todo, watch).run()
                 left = missing_units(run, area)
                 ledger.committed(missing.keys() - left.keys())

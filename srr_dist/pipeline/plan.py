@@ -58,8 +58,8 @@ class Plan:
             f"quantizer      {config.grid} {config.bits} bits, group {config.group_size}, {config.scales} scales, "
             f"{config.rounding} rounding",
             f"method         {config.method}, rank {config.rank}, split {config.split}, {config.form} form, "
-            f"{config.iterations} iterations in the {config.rounding_metric} metric, {config.scaling} scaling, "
-            f"shrinkage {config.shrinkage:g}, {config.tune_steps} tuning steps",
+            f"{config.iterations} iterations and {config.descent} of descent in the {config.rounding_metric} metric, "
+            f"{config.scaling} scaling, shrinkage {config.shrinkage:g}, {config.tune_steps} tuning steps",
             f"calibration    {samples[0]} sequences of {samples[1]} tokens, forward passes in {dtype_name(run.dtype)}",
             f"workers        {self.cluster.workers} × ({self.cluster.cpus} CPU, {self.cluster.gpus} GPU)",
             f"windows        {len(self.windows)}, up to {holding.blocks} blocks per stage, "
@@ -91,7 +91,9 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         quantized=run.quantized,
         on_gpu=bool(cluster.gpus),
         feedback=run.config.rounding == "gptq",
-        downdated=rank > 0 and run.config.iterations > 0 and run.config.rounding_metric == "downdated",
+        downdated=rank > 0
+        and run.config.iterations + run.config.descent > 0
+        and run.config.rounding_metric == "downdated",
         bits=run.config.bits,
         code_bytes=run.grid.dtype.itemsize,
         rank=rank,

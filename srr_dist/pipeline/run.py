@@ -78,6 +78,7 @@ class Run:
             split=config.split,
             form=config.form,
             iterations=config.iterations,
+            descent=config.descent,
             rounding_metric=config.rounding_metric,
             seed=config.seed,
         )

@@ -134,7 +134,7 @@ class WindowWork:
         A stop lets blocks that are begun come to their end.
         """
         self._watch.progress.begin(f"{self.name} · solving")
-        self._watch.events.note("solving", blocks=self.name)
+        self._watch.events.note("solving", work=self.name)
         self._watch.events.flush(now=True)
         queues = {worker: deque(_units(part)) for worker, part in self._stages}
         tasks = [self._next_block(worker, queue) for worker, queue in queues.items() if queue]

@@ -7,8 +7,9 @@ Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m,
 """
 
 from srr_dist.solve.grids import AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, make_grid
-from srr_dist.solve.layer import LayerSolution, SolveOptions, Stored, remeasured, solve_layer
+from srr_dist.solve.layer import LayerSolution, Stored, remeasured, solve_layer
 from srr_dist.solve.metric import Metric
+from srr_dist.solve.problem import SolveOptions
 from srr_dist.solve.quantizer import Quantizer
 from srr_dist.solve.split import layer_seed
 from srr_dist.solve.tuning import BlockError, Tuned, TuneOptions, tune

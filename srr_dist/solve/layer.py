@@ -14,43 +14,11 @@ import torch
 from torch import Tensor
 
 from srr_dist.solve.grids import Grid
-from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, refit, start_directions
+from srr_dist.solve.lowrank import principal, refit
 from srr_dist.solve.metric import Metric
+from srr_dist.solve.problem import Candidate, Problem, SolveOptions
 from srr_dist.solve.quantizer import Quantizer
-from srr_dist.solve.split import (
-    coarse_candidates,
-    criterion_split,
-    energy_split,
-    layer_seed,
-    random_subspace,
-    refined_candidates,
-)
-
-
-@dataclass(frozen=True)
-class SolveOptions:
-    """What the solver needs to know of a run.
-
-    Attributes:
-        method: ``srr``, ``qer`` (k = 0) or ``none`` (no adapter).
-        quantizer: grid, scales and rounding.
-        rank: r, cut to min(m, n) of a layer.
-        split: ``search``, ``criterion``, ``energy`` or ``fixed:K``.
-        form: ``joint`` (best rank-r approximation of W − Q) or ``split`` (P_k plus the best rank r − k of the rest).
-        iterations: how often ``W − L R`` is quantized and W − Q approximated again, the best of all kept.
-        rounding_metric: what iterations round in: ``full``, the metric itself, or ``downdated``, what is left of a full
-            one beyond the adapter's rows.
-        seed: the run's seed.
-    """
-
-    method: str
-    quantizer: Quantizer
-    rank: int
-    split: str = "search"
-    form: str = "joint"
-    iterations: int = 0
-    rounding_metric: str = "full"
-    seed: int = 0
+from srr_dist.solve.split import coarse_candidates, energy_split, refined_candidates
 
 
 @dataclass(frozen=True)
@@ -86,87 +54,13 @@ class LayerSolution(Stored):
         singular_values: float32 ``[r]``, of ``L R S``.
         result: the layer's record, JSON values only: name, shape, rank, k, k_criterion, objective (``k0``,
             ``criterion``, ``chosen`` before and ``stored`` after the factors are rounded; ``tr(Δ H Δᵀ)``), energy
-            (``tr(W H Wᵀ)``), candidates (k -> objective), iteration (which one was kept, 0 for none), singular_values,
-            seed, damping, bits_per_weight, seconds.
+            (``tr(W H Wᵀ)``), candidates (k -> objective), search (the same of all k that a search tried, with the
+            plainest quantizer), iteration (which one was kept, 0 for none; descent counts on), singular_values, seed,
+            damping, bits_per_weight, seconds.
     """
 
     singular_values: Tensor
     result: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """The layer solved with one k, before the factors are rounded."""
-
-    k: int
-    codes: Tensor
-    scale: Tensor
-    Q: Tensor
-    L: Tensor
-    R: Tensor
-    energies: Tensor
-    error: float
-    """``‖W − Q‖²_H``, the error without an adapter."""
-    objective: float
-    damping: float
-    iteration: int = 0
-
-
-class _Problem:
-    """One layer's weight and metric, and what every k shares."""
-
-    def __init__(self, W: Tensor, metric: Metric, name: str, options: SolveOptions) -> None:
-        self.W, self.metric, self.options = W, metric, options
-        m, n = W.shape
-        self.rank = 0 if options.method == "none" else min(options.rank, m, n)
-        self.seed = layer_seed(options.seed, name)
-        self.directions = start_directions(metric, block_size(m, n, self.rank)) if self.rank else W[:0].mT
-        self.weight = self._subspace(W, self.rank if options.method == "srr" else 0)
-
-    def criterion(self) -> int:
-        """The paper's k for this layer."""
-        noise = random_subspace(self.W.shape[0], self.metric, self.rank, self.directions, self.seed)
-        return criterion_split(self.weight, noise, self.rank)
-
-    def candidate(self, k: int) -> _Candidate:
-        """Preserve k directions, quantize the residual, reconstruct with the rank that the form leaves."""
-        U_k, R_k = self.weight.U[:, :k], self.weight.R[:k]
-        residual = self.W - U_k @ R_k  # W − P_k
-        if self.options.form == "joint":
-            return self._reconstructed(residual, k, self.metric)
-        codes, scale, Q, damping = self._quantized(residual, self.metric)
-        found = self._subspace(residual - Q, self.rank - k)
-        L, R, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric)
-        return _Candidate(k, codes, scale, Q, L, R, energies, self.metric.energy(self.W - Q), found.tail, damping)
-
-    def alternated(self, start: _Candidate) -> _Candidate:
-        """Quantize what the adapter leaves, and approximate what the codes leave, in turn; the best is kept."""
-        best = current = start
-        for iteration in range(1, self.options.iterations + 1 if self.rank else 1):
-            residual, metric = self.W - current.L @ current.R, self._rounding_metric(current.R)
-            current = replace(self._reconstructed(residual, start.k, metric), iteration=iteration)
-            if current.objective < best.objective:
-                best = current
-        return best
-
-    def _rounding_metric(self, R: Tensor) -> Metric:
-        """The metric in which to choose codes beside an adapter with rows R, which will be fitted to them again."""
-        downdated = self.options.rounding_metric == "downdated" and self.rank and not self.metric.diagonal
-        return self.metric.beyond(R) if downdated else self.metric
-
-    def _reconstructed(self, residual: Tensor, k: int, metric: Metric) -> _Candidate:
-        """Quantize a residual in a metric, and give all ranks to the best approximation of ``W − Q``."""
-        codes, scale, Q, damping = self._quantized(residual, metric)
-        found = self._subspace(self.W - Q, self.rank)
-        return _Candidate(k, codes, scale, Q, found.U, found.R, found.energies, found.total, found.tail, damping)
-
-    def _quantized(self, residual: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor, float]:
-        quantizer = self.options.quantizer
-        codes, scale = quantizer.quantize(residual, metric)
-        return codes, scale, quantizer.grid.dequantize(codes, scale), quantizer.damping(metric)
-
-    def _subspace(self, E: Tensor, rank: int) -> Subspace:
-        return leading_subspace(E, self.metric, rank, self.directions)
 
 
 def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> LayerSolution:
@@ -182,9 +76,10 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
     of ``W − Q``, never worse than ``P_k`` plus a rank-(r − k) correction, which is one candidate of that rank.
     """
     started = time.perf_counter()
-    problem = _Problem(W.float(), metric, name, options)
-    chosen, objectives, k_criterion = _choose(problem)
-    chosen = problem.alternated(chosen)
+    problem = Problem(W.float(), metric, name, options)
+    contest, k_criterion, search = _choose(problem)
+    searched = search.objectives if search else {}
+    chosen, objectives = problem.improved(contest.best), contest.objectives
     L, R = _stored_factors(chosen.L, chosen.R)
     stored = metric.remainder(problem.W - chosen.Q, chosen.error, L.float(), R.float())
     sigma = (chosen.energies * metric.unit).sqrt().float()
@@ -204,50 +99,73 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
         },
         "energy": unit * problem.weight.total,
         "candidates": {str(k): unit * objectives[k] for k in sorted(objectives)},
+        "search": {str(k): unit * searched[k] for k in sorted(searched)},
         "iteration": chosen.iteration,
         "singular_values": sigma.tolist(),
         "seed": problem.seed,
         "damping": chosen.damping,
         "bits_per_weight": options.quantizer.grid.bits_per_weight(n) + 16 * problem.rank * (m + n) / (m * n),
-        "seconds": {"solve": time.perf_counter() - started},
+        "seconds": {"solve": time.perf_counter() - started, "search": search.seconds if search else 0.0},
     }
     return LayerSolution(chosen.codes, chosen.scale, L, R, sigma, result)
 
 
-def _choose(problem: _Problem) -> tuple[_Candidate, dict[int, float], int | None]:
-    """The candidate to keep, the objectives of all k tried, and the criterion's k (None without a split)."""
-    options, rank = problem.options, problem.rank
+class _Contest:
+    """Candidates of one quantizer by their k, of which the best alone is held.
+
+    Attributes:
+        objectives: of every k that was entered.
+        best: the one with the wanted k, or without one the least objective, ties to the smaller k.
+        seconds: that all of this took.
+    """
+
+    best: Candidate
+    seconds: float = 0.0
+
+    def __init__(self, problem: Problem, quantizer: Quantizer, wanted: int | None = None) -> None:
+        self._problem, self._quantizer, self._wanted = problem, quantizer, wanted
+        self.objectives: dict[int, float] = {}
+
+    def enter(self, *ks: int) -> int:
+        """Solve with each of these k that is new; the best k so far."""
+        started = time.perf_counter()
+        for k in ks:
+            if k not in self.objectives:
+                candidate = self._problem.candidate(k, self._quantizer)
+                if not self.objectives or self._rank(candidate) < self._rank(self.best):
+                    self.best = candidate
+                self.objectives[k] = candidate.objective
+        self.seconds += time.perf_counter() - started
+        return self.best.k
+
+    def _rank(self, candidate: Candidate) -> tuple[bool, float, int]:
+        return self._wanted not in (None, candidate.k), candidate.objective, candidate.k
+
+
+def _choose(problem: Problem) -> tuple[_Contest, int | None, _Contest | None]:
+    """The contest that decided about k, the criterion's k (None without a split), and that of a search.
+
+    A search compares with the grid's own scales and nearest codes, which rank the k nearly as the whole quantizer does
+    at a fraction of its time; that one judges what the search found beside k = 0 and the criterion's k.
+    """
+    options, plain = problem.options, Quantizer(problem.options.quantizer.grid)
     if options.method != "srr":
-        only = problem.candidate(0)
-        return only, {0: only.objective}, None
+        contest = _Contest(problem, options.quantizer)
+        contest.enter(0)
+        return contest, None, None
     k_criterion = problem.criterion()
     wanted = _wanted_split(options.split, k_criterion, problem)
-    objectives: dict[int, float] = {}
-    kept: _Candidate | None = None
-
-    def attempt(ks: list[int]) -> _Candidate:
-        nonlocal kept
-        for k in ks:
-            if k not in objectives:
-                candidate = problem.candidate(k)
-                objectives[k] = candidate.objective
-                # The wanted k, or without one the least objective, ties to the smaller k.
-                if kept is None or _preference(candidate, wanted) < _preference(kept, wanted):
-                    kept = candidate
-        assert kept is not None
-        return kept
-
+    contest = _Contest(problem, options.quantizer, wanted)
     if wanted is not None:
-        return attempt([wanted, 0, k_criterion]), objectives, k_criterion
-    best = attempt([0, k_criterion, *coarse_candidates(rank)])
-    return attempt(refined_candidates(best.k, rank)), objectives, k_criterion
+        contest.enter(wanted, 0, k_criterion)
+        return contest, k_criterion, None
+    search = contest if options.quantizer == plain else _Contest(problem, plain)
+    coarse = search.enter(0, k_criterion, *coarse_candidates(problem.rank))
+    contest.enter(search.enter(*refined_candidates(coarse, problem.rank)), 0, k_criterion)
+    return contest, k_criterion, search
 
 
-def _preference(candidate: _Candidate, wanted: int | None) -> tuple[bool, float, int]:
-    return wanted not in (None, candidate.k), candidate.objective, candidate.k
-
-
-def _wanted_split(split: str, k_criterion: int, problem: _Problem) -> int | None:
+def _wanted_split(split: str, k_criterion: int, problem: Problem) -> int | None:
     """The k that a rule names, or None for the search."""
     match split.partition(":"):
         case ("search", _, _):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srr_dist.solve.grids import Grid
 from srr_dist.solve.metric import Metric
-from srr_dist.solve.rounding import gptq
+from srr_dist.solve.rounding import descend_codes, descend_scales, gptq
 
 _CHUNK = 2**18
 """Entries that the search of scales works on at once: they stay in a core's cache."""
@@ -48,6 +48,13 @@ class Quantizer:
         if self.scales == "absmax":
             return next(self.grid.candidates(W))
         return search_scales(W, self.grid, metric.weights)
+
+    def descend(self, W: Tensor, metric: Metric, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Better codes, and scales if they may be chosen, from given ones, in a full metric."""
+        codes = descend_codes(W, codes, scale, self.grid, metric.H)
+        if self.scales == "search" and self.grid.continuous:
+            scale = descend_scales(W, codes, scale, self.grid, metric.H)
+        return codes, scale
 
     def _feeds_back(self, metric: Metric) -> bool:
         return self.rounding == "gptq" and not metric.diagonal

@@ -1,10 +1,15 @@
-"""Rounding with error feedback: GPTQ, in its form as LDLQ (arXiv 2210.17323; QuIP, arXiv 2307.13304, shows them equal).
+"""Codes that make up for each other's errors: error feedback from left to right, and descent from given codes.
+
+Error feedback is GPTQ in its form as LDLQ (arXiv 2210.17323; QuIP, arXiv 2307.13304, shows them equal).
 
 With ``H = U D Uᵀ``, U unit upper triangular, the error of a row ``δ = w − q`` is ``δ H δᵀ = Σ_j D_j η_j²`` with
 ``η_j = δ_j + Σ_{i<j} δ_i U_ij``. Taken from left to right, ``q_j = round(w_j + Σ_{i<j} δ_i U_ij)`` makes each term as
 small as the grid allows. One Cholesky factorization and no inverse. Inputs are taken in descending order of their
 moment, so that those which count most are rounded while others can still make up for them; scales belong to groups of
 neighbours and are fixed before, so that the order costs readers nothing.
+
+Descent (QuantEase, arXiv 2309.01885, does so for codes) gives each code in turn, and each scale, the value that is best
+beside all the others: ``q_j ← round(q_j + (δ H)_j / H_jj)``. Where feedback looks only ahead, it looks both ways.
 """
 
 from __future__ import annotations
@@ -60,35 +65,92 @@ def _cholesky(A: Tensor) -> tuple[Tensor, float]:
 
 
 def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback, zero: Tensor | None = None) -> Tensor:
-    """Codes of ``W: [m, n]`` (float32) under given scales and zero points, of the grid's type ``[m, n]``.
-
-    Works on inputs as rows. A range of inputs is rounded half by half, and between its halves the errors of the first
-    reach the targets of the second in one product; only inside a short range do they go from input to input.
-    """
-    m, n = W.shape
-    order, U = feedback.order, feedback.U
-    delta = W.mT[order]  # holds weights until they are rounded, then errors
-    target = delta.clone()
-    group = order // (n // scale.shape[1])
+    """Codes of ``W: [m, n]`` (float32) under given scales and zero points, of the grid's type ``[m, n]``."""
+    order = feedback.order
+    weights, group = W.mT[order], order // (W.shape[1] // scale.shape[1])
     steps = scale.float().mT[group]
-    zeros = [None] * scale.shape[1] if zero is None else list(zero.mT.contiguous())
-    zero_of = [zeros[g] for g in group.tolist()]
-    codes = torch.empty(n, m, dtype=grid.dtype, device=W.device)
+    zeros = None if zero is None else zero.mT[group]
+    codes = _sweep(weights, weights.clone(), steps, zeros, feedback.U, grid)
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    return restored.mT.contiguous()
+
+
+def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
+    """Each code in turn at the best value beside all others, in the moment H damped as for feedback.
+
+    Args:
+        W: float32 ``[m, n]``.
+        codes: of the grid's type ``[m, n]``, where to begin.
+        scale: bfloat16 ``[m, groups]``.
+        grid: of the codes.
+        H: float32 ``[n, n]``, of mean diagonal about 1.
+
+    Returns:
+        As codes.
+    """
+    damped = H.clone()
+    damped.diagonal().add_(DAMPING)
+    curvature = damped.diagonal().clone()
+    size, zero = W.shape[1] // scale.shape[1], grid.zero(codes)
+    steps = scale.float().mT.repeat_interleave(size, dim=0)
+    zeros = None if zero is None else zero.mT.repeat_interleave(size, dim=0)
+    Q = grid.dequantize(codes, scale).mT.contiguous()
+    target = (damped @ (W.mT - Q)).div_(curvature.unsqueeze(1)).add_(Q)
+    return _sweep(Q, target, steps, zeros, damped.div_(curvature), grid).mT.contiguous()
+
+
+def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
+    """Each group's scale in turn at the best value beside all others, where that lowers the error as it is stored.
+
+    Arguments as for ``descend_codes``; returns bfloat16 ``[m, groups]``.
+    """
+    error, found = W - grid.dequantize(codes, scale), scale.clone()
+    size = W.shape[1] // scale.shape[1]
+    for group in range(scale.shape[1]):
+        inputs = slice(group * size, (group + 1) * size)
+        own, old = codes[:, inputs].float(), scale[:, group]
+        curvature = (own @ H[inputs, inputs]).mul_(own).sum(-1)
+        slope = (error @ H[:, inputs]).mul_(own).sum(-1)
+        new = (old.float() + slope / curvature).bfloat16()  # codes of zeros give 0 / 0, which is not better
+        change = new.float() - old.float()
+        better = (change * (2.0 * slope - change * curvature) > 0) & (new != 0)
+        found[:, group] = torch.where(better, new, old)
+        error[:, inputs] = W[:, inputs] - grid.dequantize(codes[:, inputs], found[:, group : group + 1])
+    return found
+
+
+def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U: Tensor, grid: Grid) -> Tensor:
+    """Round inputs, which are rows here, from the first to the last, each moving the targets of those after it.
+
+    A range of inputs is rounded half by half, and between its halves what the first moved reaches the targets of the
+    second in one product; only inside a short range does it go from input to input.
+
+    Args:
+        moved: float32 ``[n, m]``, what each input had before; becomes how far it has moved.
+        target: float32 ``[n, m]``, what each input would be if no other moved; overwritten.
+        steps: float32 ``[n, m]``, the scales.
+        zeros: ``[n, m]``, the zero points; None without.
+        U: float32 ``[n, n]``: input i moving by δ_i adds ``δ_i U_ij`` to the target of j.
+        grid: of the codes.
+
+    Returns:
+        Codes, of the grid's type ``[n, m]``.
+    """
+    codes = torch.empty(target.shape, dtype=grid.dtype, device=target.device)
 
     def round_range(start: int, stop: int) -> None:
         if stop - start > _RANGE:
             middle = start + max(_RANGE, (stop - start) // (2 * _RANGE) * _RANGE)
             round_range(start, middle)
-            target[middle:stop].addmm_(U[start:middle, middle:stop].mT, delta[start:middle])
+            target[middle:stop].addmm_(U[start:middle, middle:stop].mT, moved[start:middle])
             round_range(middle, stop)
             return
         for j in range(start, stop):
-            code = grid.clamp_((target[j] / steps[j]).round_(), zero_of[j])
+            code = grid.clamp_((target[j] / steps[j]).round_(), None if zeros is None else zeros[j])
             codes[j] = code
-            delta[j] -= code.mul_(steps[j]).bfloat16()  # as readers will hold it
-            target[j + 1 : stop].addr_(U[j, j + 1 : stop], delta[j])
+            moved[j] -= code.mul_(steps[j]).bfloat16()  # as readers will hold it
+            target[j + 1 : stop].addr_(U[j, j + 1 : stop], moved[j])
 
-    round_range(0, n)
-    restored = torch.empty_like(codes)
-    restored[order] = codes
-    return restored.mT.contiguous()
+    round_range(0, len(target))
+    return codes

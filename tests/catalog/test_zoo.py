@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from jobs.demo import fetch_model
 from srr_dist import zoo
 from srr_dist.catalog.entries import read_zoo
 from srr_dist.config import RunConfig
@@ -22,13 +23,14 @@ from tests.conftest import RayCluster
 from tests.families import build
 
 RECORDS = "/.srr/*/blocks/*.json"
-GOOD = ["llama-four", "llama-three", "qwen3"]
+GOOD = ["qwen3-four", "qwen3-three", "smollm2"]
+CHEAP = {"method": "qer", "scaling": "diag", "scales": "absmax", "iterations": 0, "descent": 0, "blocks_per_stage": 4}
 OPTIONS = {"num_samples": 4, "seq_len": 32, "rank": 4, "host_memory": "4GiB", "blocks_per_stage": 1}
 
 
 @dataclass(frozen=True)
 class Zoo:
-    """Two models of two families, one of them under two recipes, and between them one model that does not exist."""
+    """SmolLM2, a random model of another family under two recipes, and between them one model that does not exist."""
 
     file: Path
     output: Path
@@ -66,10 +68,10 @@ def a_zoo(ray_cluster: RayCluster, text: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("zoo")
     models = [
         {"name": "none", "model": str(folder / "none")},
-        {"name": "qwen3", "model": str(build("qwen3", folder / "qwen", num_hidden_layers=2)), "priority": 1},
+        {"name": "smollm2", "model": str(fetch_model().absolute()), "priority": 1, "options": CHEAP},
         {
-            "name": "llama",
-            "model": str(build("llama", folder / "llama", num_hidden_layers=2)),
+            "name": "qwen3",
+            "model": str(build("qwen3", folder / "qwen", num_hidden_layers=2)),
             "recipes": [str(folder / "three.yaml"), str(folder / "four.yaml")],
         },
     ]
@@ -99,21 +101,21 @@ def alone(a_zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
 
 @pytest.mark.slow
 def test_zoo_killed_stopped_and_resumed_ends_with_every_result_as_if_made_alone(a_zoo, alone):
-    assert a_zoo.run("qwen3" + RECORDS, sign=signal.SIGKILL).code == -signal.SIGKILL
-    finished_one = ("qwen3/COMMIT", "results/qwen3.json", "llama-three" + RECORDS)
+    assert a_zoo.run("smollm2" + RECORDS, sign=signal.SIGKILL).code == -signal.SIGKILL
+    finished_one = ("smollm2/COMMIT", "results/smollm2.json", "qwen3-three" + RECORDS)
     stopped = a_zoo.run(*finished_one, sign=signal.SIGTERM)
     assert stopped.code == 75, stopped.err
     assert "run the same command again to go on" in stopped.complaint[0]
-    assert a_zoo.results()["llama-three"]["status"] == "stopped"
+    assert a_zoo.results()["qwen3-three"]["status"] == "stopped"
 
-    ended = a_zoo.run("llama-three/COMMIT", "results/llama-three.json", "results/llama-four.json", concurrency=2)
+    ended = a_zoo.run("qwen3-three/COMMIT", "results/qwen3-three.json", "results/qwen3-four.json", concurrency=2)
     assert ended.code == 1, ended.err
     assert "3 of 4 results are done, 1 failed" in ended.complaint[0]
     results = a_zoo.results()
     assert {name: row["status"] for name, row in results.items()} == dict.fromkeys(GOOD, "done") | {"none": "failed"}
     assert "no such file or folder" in results["none"]["note"]
     assert all(results[name]["figures"]["kl"] > 0 for name in GOOD)
-    assert results["llama-three"]["figures"]["bits_per_weight"] < results["llama-four"]["figures"]["bits_per_weight"]
+    assert results["qwen3-three"]["figures"]["bits_per_weight"] < results["qwen3-four"]["figures"]["bits_per_weight"]
     for name in GOOD:
         assert (a_zoo.output / results[name]["report"]).exists()
         assert "everything is as recorded" in (a_zoo.output / results[name]["log"]).read_text()
@@ -122,10 +124,10 @@ def test_zoo_killed_stopped_and_resumed_ends_with_every_result_as_if_made_alone(
 
 @pytest.mark.slow
 def test_second_recipe_passed_no_sequence_for_the_first_ones_moments(a_zoo):
-    store = ObjectStore(str(a_zoo.output / "llama-four"))
+    store = ObjectStore(str(a_zoo.output / "qwen3-four"))
     records = RunArea(store, RunArea.find(store)[0]).records()
     assert {record.seconds.get("calibrate", 0.0) for record in records.values()} == {0.0}
-    assert "no passes for these" in (a_zoo.output / "logs" / "llama-four.log").read_text()
+    assert "no passes for these" in (a_zoo.output / "logs" / "qwen3-four.log").read_text()
 
 
 @pytest.mark.slow
@@ -140,7 +142,7 @@ def test_dry_run_prints_the_order_and_writes_nothing(a_zoo, tmp_path, capsys):
     assert zoo.main([str(a_zoo.file), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["queued", f"{name}:"] for name in ("qwen3", "none", "llama-three", "llama-four")
+        ["queued", f"{name}:"] for name in ("smollm2", "none", "qwen3-three", "qwen3-four")
     ]
     assert "--bits=4" in lines[3]
     assert not (tmp_path / "out").exists()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import fsspec
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from srr_dist.checkpoint.gguf import _BoundedReader, companions
 from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.errors import CheckpointError
@@ -99,3 +101,10 @@ def test_gguf_of_other_bytes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "noise.gguf").write_bytes(b"not a model at all" * 10)
     with pytest.raises(CheckpointError, match="not a readable GGUF file"):
         open_checkpoint(str(tmp_path / "noise.gguf"))
+
+
+def test_transformers_reads_headers_within_their_bounds_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srr_dist.checkpoint.gguf._MAX_READS", 3)
+    with pytest.raises(CheckpointError, match=r"transformers cannot derive its tokenizer: .* are one of 4 values"):
+        companions(str(file))
+    assert gguf.GGUFReader is not _BoundedReader

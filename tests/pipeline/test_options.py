@@ -29,14 +29,14 @@ from tests.s3 import MotoServer, environment, set_variables
 
 DEFAULTS: dict[str, Any] = {
     "rank": 4, "num_samples": 4, "seq_len": 24, "split": "fixed:2", "scales": "absmax", "iterations": 1,
-    "shrinkage": 0.0,
+    "descent": 0, "shrinkage": 0.0,
 }  # fmt: skip
 """A plain run, so that each option can be told apart."""
 
 CHANGES: list[dict[str, Any]] = [
     {"method": "qer"},
     {"method": "none"},
-    {"grid": "int"},
+    {"grid": "mxint"},
     {"grid": "int-asym"},
     {"bits": 2},
     {"bits": 4},
@@ -52,6 +52,7 @@ CHANGES: list[dict[str, Any]] = [
     {"split": "fixed:1"},
     {"form": "split", "iterations": 0},
     {"iterations": 0},
+    {"descent": 2},
     {"rounding_metric": "full"},
     {"shrinkage": 0.3},
     {"tune_steps": 8, "tune_batch": 2, "seq_len": 64, "num_samples": 16},

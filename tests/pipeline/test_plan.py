@@ -97,9 +97,12 @@ def test_description_shows_blocks_windows_memory_and_bytes(model, text):
     shown = {line.split("  ")[0]: line for line in lines}
     assert str(model) in shown["model"]
     assert "6, with 36 linear layers to quantize and 6 left as they are" in shown["blocks"]
-    assert "srr, rank 4, split search, joint form, 3 iterations in the downdated metric" in shown["method"]
+    assert (
+        "srr, rank 4, split search, joint form, 3 iterations and 3 of descent in the downdated metric"
+        in shown["method"]
+    )
     assert "exact scaling, shrinkage 0.1" in shown["method"]
-    assert "mxint 3 bits, group 32, search scales, gptq rounding" in shown["quantizer"]
+    assert "int 3 bits, group 64, search scales, gptq rounding" in shown["quantizer"]
     assert "8 sequences of 32 tokens" in shown["calibration"]
     assert "2, up to 4 blocks per stage, moments on host" in shown["windows"]
     assert "planned" in shown["memory"]

@@ -72,6 +72,23 @@ def test_search_is_never_worse_than_any_k_it_tried(kind):
     assert result["objective"]["k0"] == candidates[0]
     assert result["objective"]["criterion"] == candidates[result["k_criterion"]]
     assert result["k"] == min(k for k, value in candidates.items() if value == min(candidates.values()))
+    assert result["search"] == result["candidates"]
+
+
+@pytest.mark.parametrize("kind", ["decaying", "massive", "singular"])
+def test_what_a_plain_search_finds_is_judged_by_the_whole_quantizer(kind):
+    W, H = weight(64, 48), moment(kind, 48)
+    fed = Quantizer(IntGrid(3, 16), scales="search", rounding="gptq")
+    result, plain = (
+        solve(W, H, replace(OPTIONS, quantizer=quantizer)).result for quantizer in (fed, Quantizer(IntGrid(3, 16)))
+    )
+    assert result["search"] == plain["search"]
+    assert 0 < result["seconds"]["search"] < result["seconds"]["solve"]
+    assert set(result["candidates"]) == {"0", str(result["k_criterion"]), str(plain["k"])}
+    for k, value in result["candidates"].items():
+        only = solve(W, H, replace(OPTIONS, quantizer=fed, split=f"fixed:{k}")).result
+        assert only["objective"]["chosen"] == value
+        assert result["objective"]["chosen"] <= value
 
 
 @settings(max_examples=15, deadline=None)
@@ -144,7 +161,7 @@ def test_record_is_plain_json_with_its_fields():
     record = json.loads(json.dumps(solution.result, allow_nan=False))
     assert record == solution.result
     assert set(record) == {
-        "name", "shape", "rank", "k", "k_criterion", "objective", "energy", "candidates", "iteration",
+        "name", "shape", "rank", "k", "k_criterion", "objective", "energy", "candidates", "search", "iteration",
         "singular_values", "seed", "damping", "bits_per_weight", "seconds",
     }  # fmt: skip
     assert set(record["objective"]) == {"k0", "criterion", "chosen", "stored"}
@@ -166,6 +183,7 @@ EFFECTS = {
     "split": "fixed:11",
     "form": "split",
     "iterations": 2,
+    "descent": 2,
     "rounding_metric": "downdated",
     "seed": 1,
 }
@@ -347,6 +365,26 @@ def test_iterations_never_lose_and_keep_the_best(kind, rounding):
     assert chosen[3] < chosen[0] or rounding == "gptq"  # which may find the best at once
 
 
+@pytest.mark.parametrize("method", ["srr", "none"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("kind", ["decaying", "singular", "massive"])
+def test_descent_goes_on_from_the_best_and_never_loses(kind, rounding, method):
+    W, H = weight(64, 96), moment(kind, 96)
+    quantizer = Quantizer(IntGrid(3, 16), scales="search", rounding=rounding)
+    base = SolveOptions(method, quantizer, 8, split="criterion", iterations=2, rounding_metric="downdated")
+    results = [solve(W, H, replace(base, descent=count)).result for count in range(4)]
+    chosen = [result["objective"]["chosen"] for result in results]
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[3] < 0.99 * chosen[0]
+    assert results[3]["iteration"] > (2 if method == "srr" else 0)
+
+
+def test_diagonal_metric_leaves_nothing_to_descend():
+    W, H = weight(48, 64), moment("diagonal", 64)
+    still, descended = (solve(W, H, replace(FED, descent=count)) for count in (0, 2))
+    assert same(still, descended)
+
+
 @pytest.mark.parametrize("kind", ["decaying", "wide", "massive"])
 def test_rounding_beyond_the_adapter_has_less_error_than_rounding_in_the_whole_metric(kind):
     W, H = weight(96, 128), moment(kind, 128)
@@ -359,7 +397,8 @@ def test_rounding_beyond_the_adapter_has_less_error_than_rounding_in_the_whole_m
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rounding_beyond_the_adapter_is_bitwise_the_same_again_and_for_any_threads(threads):
     W, H = weight(96, 160), moment("decaying", 160)
-    options = replace(FED, rounding_metric="downdated")
+    quantizer = Quantizer(IntGrid(3, 16), scales="search", rounding="gptq")
+    options = replace(FED, quantizer=quantizer, rounding_metric="downdated", descent=2)
     first = with_threads(1, lambda: solve(W, H, options))
     again = with_threads(threads, lambda: solve(W, H, options))
     assert all(torch.equal(getattr(first, part), getattr(again, part)) for part in ("codes", "scale", "L", "R"))
@@ -376,7 +415,7 @@ def test_diagonal_metric_is_never_downdated():
 @pytest.mark.parametrize("grid", [IntGrid(3, 16), AsymmetricIntGrid(3, 16)], ids=str)
 def test_stored_objective_is_exact_under_every_quantizer(grid, scales, rounding):
     W, H = weight(48, 64), moment("decaying", 64)
-    options = replace(OPTIONS, quantizer=Quantizer(grid, scales, rounding), iterations=2)
+    options = replace(OPTIONS, quantizer=Quantizer(grid, scales, rounding), iterations=2, descent=1)
     solution = solve(W, H, options)
     exact = objective(W.double() - stored_weight(solution, grid), H)
     assert solution.result["objective"]["stored"] == pytest.approx(exact, rel=1e-3)

@@ -1,6 +1,7 @@
 """Scales by search and rounding with error feedback, against their definitions in float64."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, Quantizer, make_grid
 from srr_dist.solve.grids import PER_CHANNEL
 from srr_dist.solve.quantizer import search_scales
-from srr_dist.solve.rounding import DAMPING, feedback_of, gptq
+from srr_dist.solve.rounding import DAMPING, descend_codes, descend_scales, feedback_of, gptq
 from tests.solve.problems import moment, normal, objective, weight, with_threads
 
 GRIDS = [
@@ -208,6 +209,93 @@ def test_gptq_is_bitwise_the_same_again_and_for_any_threads(shape, grid):
     for threads in (1, 2):
         again = with_threads(threads, lambda: quantizer.quantize(W, Metric.of(H)))
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def descent_by_definition(W, codes, scale, grid, H):
+    """Each code in turn at its best beside all others, in float64, and how far the closest call was decided."""
+    damped = Metric.of(H).H.double()
+    damped = damped + DAMPING * torch.eye(len(damped), dtype=torch.float64)
+    low, high = grid.code_range
+    codes, steps = codes.double(), scale.double().repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
+    margins = torch.zeros_like(codes)
+    for j in range(W.shape[1]):
+        slope = (W.double() - (codes * steps).bfloat16().double()) @ damped[:, j]
+        wanted = ((codes * steps)[:, j].bfloat16() + slope / damped[j, j]) / steps[:, j]
+        margins[:, j] = (wanted - wanted.floor() - 0.5).abs()
+        codes[:, j] = wanted.round().clamp(low, high)
+    return codes.to(torch.int8), margins
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("kind", CORRELATED)
+@pytest.mark.parametrize("shape", [(24, 64), (5, 32), (7, 160)])
+def test_descent_takes_the_codes_of_its_definition(grid, kind, shape):
+    W, H = weight(*shape), moment(kind, shape[1])
+    start = grid.encode(W, scale := grid.scale(W))
+    codes = descend_codes(W, start, scale, grid, Metric.of(H).H)
+    expected, margins = descent_by_definition(W, start, scale, grid, H)
+    # Where a target lies on the edge between two codes, float32 may take the other one and the rest of its row follows.
+    sure = (margins > 1e-3).cumprod(dim=1).bool()
+    assert sure.float().mean() > 0.5
+    assert torch.equal(codes[sure], expected[sure])
+
+
+def damped_objective(W, codes, scale, grid, metric):
+    delta = W.double() - grid.dequantize(codes, scale).double()
+    return objective(delta, metric.H.double() + DAMPING * torch.eye(W.shape[1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("grid", [MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, PER_CHANNEL)], ids=str)
+@pytest.mark.parametrize("kind", CORRELATED)
+def test_each_descent_lowers_the_error_until_nothing_moves(grid, kind):
+    W, metric = weight(48, 96), Metric.of(moment(kind, 96))
+    codes, scale = Quantizer(grid, rounding="gptq").quantize(W, metric)
+    errors = [damped_objective(W, codes, scale, grid, metric)]
+    for _ in range(30):
+        codes = descend_codes(W, codes, scale, grid, metric.H)
+        errors.append(damped_objective(W, codes, scale, grid, metric))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
+    assert errors[1] < errors[0]
+    assert errors[-1] == pytest.approx(errors[-2], rel=1e-5)
+
+
+@pytest.mark.parametrize("grid", [IntGrid(3, 16), IntGrid(2, PER_CHANNEL)], ids=str)
+@pytest.mark.parametrize("kind", CORRELATED)
+def test_descended_scales_approach_the_best_ones_of_float64(grid, kind):
+    W, metric = weight(24, 64), Metric.of(moment(kind, 64), 0.1)
+    codes, scale = Quantizer(grid, rounding="gptq").quantize(W, metric)
+    first = objective(W - grid.dequantize(codes, scale), metric.H)
+    found = scale
+    for _ in range(20):
+        found = descend_scales(W, codes, found, grid, metric.H)
+    H, best = metric.H.double(), 0.0
+    for w, c in zip(W.double(), codes.double(), strict=True):  # least squares over the scales of each row
+        parts = torch.block_diag(*c.reshape(scale.shape[1], -1).unbind())
+        wanted = torch.linalg.lstsq(parts @ H @ parts.mT, (parts @ H @ w).unsqueeze(1)).solution.squeeze(1)
+        best += objective((w - wanted @ parts).unsqueeze(0), H)
+    last = objective(W - grid.dequantize(codes, found), metric.H)
+    assert best <= last < first
+    assert last - best < 0.1 * (first - best)  # what is left is the rounding of scales to bfloat16
+
+
+def test_scale_of_a_group_of_zeros_stays():
+    grid, W = IntGrid(3, 16), weight(4, 32)
+    codes, scale = grid.quantize(W)
+    codes[1, :16] = 0
+    found = descend_scales(W, codes, scale, grid, Metric.of(moment("decaying", 32)).H)
+    assert found[1, 0] == scale[1, 0]
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (1, 128), (33, 256), (1600, 640)])
+def test_descent_is_bitwise_the_same_again_and_for_any_threads(shape):
+    grid = IntGrid(3, 32)
+    W, metric = weight(*shape), Metric.of(moment("decaying", shape[1]))
+    quantizer, start = Quantizer(grid, scales="search", rounding="gptq"), grid.quantize(W)
+    first = with_threads(1, lambda: quantizer.descend(W, metric, *start))
+    for threads in (1, 2):
+        again = with_threads(threads, lambda: quantizer.descend(W, metric, *start))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_every_choice_has_an_effect():

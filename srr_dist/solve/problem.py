@@ -1,0 +1,125 @@
+"""What can be done with one layer: preserve, quantize, reconstruct, and improve codes and adapter in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, start_directions
+from srr_dist.solve.metric import Metric
+from srr_dist.solve.quantizer import Quantizer
+from srr_dist.solve.split import criterion_split, layer_seed, random_subspace
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """What the solver needs to know of a run.
+
+    Attributes:
+        method: ``srr``, ``qer`` (k = 0) or ``none`` (no adapter).
+        quantizer: grid, scales and rounding.
+        rank: r, cut to min(m, n) of a layer.
+        split: ``search``, ``criterion``, ``energy`` or ``fixed:K``.
+        form: ``joint`` (best rank-r approximation of W − Q) or ``split`` (P_k plus the best rank r − k of the rest).
+        iterations: how often ``W − L R`` is quantized and W − Q approximated again, the best of all kept.
+        descent: how often after that codes and scales descend from where they are, and W − Q is approximated again; not
+            under a diagonal metric, where codes that are nearest are best.
+        rounding_metric: what iterations and descent work in: ``full``, the metric itself, or ``downdated``, what is
+            left of a full one beyond the adapter's rows.
+        seed: the run's seed.
+    """
+
+    method: str
+    quantizer: Quantizer
+    rank: int
+    split: str = "search"
+    form: str = "joint"
+    iterations: int = 0
+    descent: int = 0
+    rounding_metric: str = "full"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The layer solved with one k, before the factors are rounded."""
+
+    k: int
+    codes: Tensor
+    scale: Tensor
+    Q: Tensor
+    L: Tensor
+    R: Tensor
+    energies: Tensor
+    error: float
+    """``‖W − Q‖²_H``, the error without an adapter."""
+    objective: float
+    damping: float
+    iteration: int = 0
+
+
+class Problem:
+    """One layer's weight and metric, and what every k shares."""
+
+    def __init__(self, W: Tensor, metric: Metric, name: str, options: SolveOptions) -> None:
+        self.W, self.metric, self.options = W, metric, options
+        m, n = W.shape
+        self.rank = 0 if options.method == "none" else min(options.rank, m, n)
+        self.seed = layer_seed(options.seed, name)
+        self.directions = start_directions(metric, block_size(m, n, self.rank)) if self.rank else W[:0].mT
+        self.weight = self._subspace(W, self.rank if options.method == "srr" else 0)
+
+    def criterion(self) -> int:
+        """The paper's k for this layer."""
+        noise = random_subspace(self.W.shape[0], self.metric, self.rank, self.directions, self.seed)
+        return criterion_split(self.weight, noise, self.rank)
+
+    def candidate(self, k: int, quantizer: Quantizer) -> Candidate:
+        """Preserve k directions, quantize the residual, reconstruct with the rank that the form leaves."""
+        U_k, R_k = self.weight.U[:, :k], self.weight.R[:k]
+        residual = self.W - U_k @ R_k  # W − P_k
+        codes, scale = quantizer.quantize(residual, self.metric)
+        damping = quantizer.damping(self.metric)
+        if self.options.form == "joint":
+            return self._reconstructed(codes, scale, k, damping)
+        Q = quantizer.grid.dequantize(codes, scale)
+        found = self._subspace(residual - Q, self.rank - k)
+        L, R, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric)
+        return Candidate(k, codes, scale, Q, L, R, energies, self.metric.energy(self.W - Q), found.tail, damping)
+
+    def improved(self, start: Candidate) -> Candidate:
+        """Quantize what the adapter leaves, and approximate what the codes leave, in turn; the best is kept.
+
+        First with codes and scales found anew, then with such that descend from the best.
+        """
+        best = current = start
+        anew = self.options.iterations if self.rank else 0
+        for number in range(1, anew + 1):
+            residual, metric = self._beside(current)
+            codes, scale = self.options.quantizer.quantize(residual, metric)
+            found = self._reconstructed(codes, scale, start.k, self.options.quantizer.damping(metric))
+            current = replace(found, iteration=number)
+            best = min(best, current, key=lambda candidate: candidate.objective)
+        current = best
+        for number in range(anew + 1, anew + 1 + (0 if self.metric.diagonal else self.options.descent)):
+            residual, metric = self._beside(current)
+            codes, scale = self.options.quantizer.descend(residual, metric, current.codes, current.scale)
+            current = replace(self._reconstructed(codes, scale, start.k, current.damping), iteration=number)
+            best = min(best, current, key=lambda candidate: candidate.objective)
+        return best
+
+    def _beside(self, current: Candidate) -> tuple[Tensor, Metric]:
+        """What codes should be near to, and in which metric, beside an adapter that will be fitted to them again."""
+        downdated = self.options.rounding_metric == "downdated" and self.rank and not self.metric.diagonal
+        return self.W - current.L @ current.R, self.metric.beyond(current.R) if downdated else self.metric
+
+    def _reconstructed(self, codes: Tensor, scale: Tensor, k: int, damping: float) -> Candidate:
+        """Give all ranks to the best approximation of ``W − Q``."""
+        Q = self.options.quantizer.grid.dequantize(codes, scale)
+        found = self._subspace(self.W - Q, self.rank)
+        return Candidate(k, codes, scale, Q, found.U, found.R, found.energies, found.total, found.tail, damping)
+
+    def _subspace(self, E: Tensor, rank: int) -> Subspace:
+        return leading_subspace(E, self.metric, rank, self.directions)
