@@ -109,6 +109,12 @@ def test_searched_scales_are_the_same_again_for_any_threads_and_rows_at_once(gri
     assert equal(first, search_scales(W, grid, weights))
 
 
+def bounds(grid, zero, W, scale):
+    """Smallest and largest code at every place of W, float64."""
+    zeros = (torch.zeros(scale.shape) if zero is None else zero).double()
+    return [end - zeros.repeat_interleave(W.shape[1] // scale.shape[1], dim=1) for end in grid.code_range]
+
+
 def gptq_by_definition(W, scale, zero, grid, H):
     """One input after the other with the conditional optimum of all later ones, by a solve in float64.
 
@@ -117,9 +123,7 @@ def gptq_by_definition(W, scale, zero, grid, H):
     H = H.double() / H.diagonal().double().mean()
     H = H + DAMPING * torch.eye(len(H), dtype=torch.float64)
     order = torch.argsort(H.diagonal().float(), descending=True, stable=True).tolist()
-    zeros = torch.zeros(scale.shape) if zero is None else zero
-    zeros = zeros.double().repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
-    low, high = (end - zeros for end in grid.code_range)
+    low, high = bounds(grid, zero, W, scale)
     steps = scale.double().repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
     W, Q, margins = W.double(), torch.zeros_like(W, dtype=torch.float64), torch.ones(W.shape[0], dtype=torch.float64)
     codes = torch.zeros(W.shape, dtype=grid.dtype)
@@ -215,15 +219,15 @@ def descent_by_definition(W, codes, scale, grid, H):
     """Each code in turn at its best beside all others, in float64, and how far the closest call was decided."""
     damped = Metric.of(H).H.double()
     damped = damped + DAMPING * torch.eye(len(damped), dtype=torch.float64)
-    low, high = grid.code_range
+    low, high = bounds(grid, grid.zero(codes), W, scale)
     codes, steps = codes.double(), scale.double().repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
     margins = torch.zeros_like(codes)
     for j in range(W.shape[1]):
         slope = (W.double() - (codes * steps).bfloat16().double()) @ damped[:, j]
         wanted = ((codes * steps)[:, j].bfloat16() + slope / damped[j, j]) / steps[:, j]
         margins[:, j] = (wanted - wanted.floor() - 0.5).abs()
-        codes[:, j] = wanted.round().clamp(low, high)
-    return codes.to(torch.int8), margins
+        codes[:, j] = wanted.round().clamp(low[:, j], high[:, j])
+    return codes.to(grid.dtype), margins
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -231,7 +235,7 @@ def descent_by_definition(W, codes, scale, grid, H):
 @pytest.mark.parametrize("shape", [(24, 64), (5, 32), (7, 160)])
 def test_descent_takes_the_codes_of_its_definition(grid, kind, shape):
     W, H = weight(*shape), moment(kind, shape[1])
-    start = grid.encode(W, scale := grid.scale(W))
+    start, scale = grid.quantize(W)
     codes = descend_codes(W, start, scale, grid, Metric.of(H).H)
     expected, margins = descent_by_definition(W, start, scale, grid, H)
     # Where a target lies on the edge between two codes, float32 may take the other one and the rest of its row follows.
@@ -245,7 +249,9 @@ def damped_objective(W, codes, scale, grid, metric):
     return objective(delta, metric.H.double() + DAMPING * torch.eye(W.shape[1], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("grid", [MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, PER_CHANNEL)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, PER_CHANNEL), AsymmetricIntGrid(3, 16)], ids=str
+)
 @pytest.mark.parametrize("kind", CORRELATED)
 def test_each_descent_lowers_the_error_until_nothing_moves(grid, kind):
     W, metric = weight(48, 96), Metric.of(moment(kind, 96))
@@ -287,9 +293,9 @@ def test_scale_of_a_group_of_zeros_stays():
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("grid", [IntGrid(3, 32), AsymmetricIntGrid(3, 32)], ids=str)
 @pytest.mark.parametrize("shape", [(96, 160), (1, 128), (33, 256), (1600, 640)])
-def test_descent_is_bitwise_the_same_again_and_for_any_threads(shape):
-    grid = IntGrid(3, 32)
+def test_descent_is_bitwise_the_same_again_and_for_any_threads(shape, grid):
     W, metric = weight(*shape), Metric.of(moment("decaying", shape[1]))
     quantizer, start = Quantizer(grid, scales="search", rounding="gptq"), grid.quantize(W)
     first = with_threads(1, lambda: quantizer.descend(W, metric, *start))
