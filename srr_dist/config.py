@@ -24,7 +24,7 @@ FORMAT_VERSION = 2
 """Raised whenever the stored bytes of a unit change for the same options."""
 
 METHODS = ("srr", "qer", "none")
-GRIDS = ("mxint", "int")
+GRIDS = ("mxint", "int", "int-asym")
 SCALES = ("absmax", "search")
 ROUNDINGS = ("nearest", "gptq")
 ROUNDING_METRICS = ("full", "downdated")
@@ -48,7 +48,9 @@ class QuantizeConfig:
     model: str = option("", "checkpoint: a folder, a .gguf file, any fsspec URL of these, a hub id or a preset")
     revision: str | None = option(None, "revision of a hub checkpoint")
     method: str = option("srr", "srr: preserve, quantize, reconstruct; qer: k = 0; none: no adapter", choices=METHODS)
-    grid: str = option("int", "base quantizer: power-of-two or bfloat16 scales", choices=GRIDS)
+    grid: str = option(
+        "int", "base quantizer: power-of-two scales, bfloat16 scales, or these with zero points", choices=GRIDS
+    )
     bits: int = option(3, "bits of a code, 2 to 8")
     group_size: int = option(64, "inputs that share a scale; -1 for one scale per output row")
     scales: str = option(

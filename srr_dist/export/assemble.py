@@ -47,6 +47,7 @@ class Output:
         dtype: type of the source's linear weights, in which ``dense/`` stores their replacements.
         companions: file name -> content of what lies beside the weights, config.json among them.
         created_by: package -> version, for the manifest.
+        symmetric: whether codes have no zero points.
     """
 
     block_count: int
@@ -55,6 +56,7 @@ class Output:
     dtype: torch.dtype
     companions: Mapping[str, bytes]
     created_by: Mapping[str, str]
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _folders_of_earlier(store: ObjectStore, fingerprint: str) -> set[str]:
 def _write_base(store: ObjectStore, units: Sequence[_Unit], output: Output) -> list[FileEntry]:
     """Copy the units' shards as they are; add index, companions, and the configuration that unpacks them."""
     ignore = {"lm_head"}.union(*(_dense_matrices(unit.base) for unit in units))
-    quantization = quantization_config(output.bits, output.group_size, ignore)
+    quantization = quantization_config(output.bits, output.group_size, ignore, symmetric=output.symmetric)
     config = json.loads(output.companions["config.json"]) | {"quantization_config": quantization}
     names = [f"base/{shard_name(i, len(units))}" for i in range(1, len(units) + 1)]
     with ThreadPoolExecutor(STORE_THREADS) as pool:
@@ -233,7 +235,8 @@ def _dense_matrices(file: TensorFile) -> list[str]:
 
 def _chosen(layer: Mapping[str, Any], output: Output) -> dict[str, Any]:
     chosen = {key: layer[key] for key in ("k", "rank", "shape")}
-    return chosen | {"bits": output.bits, "group_size": output.group_size}
+    chosen |= {"bits": output.bits, "group_size": output.group_size}
+    return chosen if output.symmetric else chosen | {"symmetric": False}
 
 
 def _index(names: Sequence[str], sizes: Sequence[Mapping[str, int]]) -> bytes:

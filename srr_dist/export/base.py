@@ -1,8 +1,8 @@
 """The base folder: packed linears, and the configuration and index that let transformers and vLLM read them.
 
 A quantized linear is stored as compressed-tensors ``pack-quantized`` does it: ``weight_packed`` (int32),
-``weight_scale`` (bfloat16), ``weight_shape`` (int64). Every decoder block is one shard; one more, the last, holds the
-tensors outside the blocks.
+``weight_scale`` (bfloat16), ``weight_shape`` (int64), and under a grid with zero points ``weight_zero_point`` (int32).
+Every decoder block is one shard; one more, the last, holds the tensors outside the blocks.
 """
 
 from __future__ import annotations
@@ -17,20 +17,33 @@ from srr_dist.export.packing import pack, packed_width, unpack
 from srr_dist.solve.grids import PER_CHANNEL, dequantize
 
 INDEX_NAME = "model.safetensors.index.json"
-PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
+PACKED, SCALE, SHAPE, ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 
 
-def linear_tensors(name: str, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-    """The stored tensors of the linear ``name``, from codes int8 [m, n] and scale bfloat16 [m, groups]."""
-    return {
-        name + PACKED: pack(codes, bits),
+def linear_tensors(
+    name: str, codes: torch.Tensor, scale: torch.Tensor, bits: int, zero: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The stored tensors of the linear ``name``.
+
+    Args:
+        name: full module name.
+        codes: integers [m, n], without zero points.
+        scale: bfloat16 [m, groups].
+        bits: width of a stored code.
+        zero: integers [m, groups], added to the codes that are stored.
+    """
+    tensors = {
         name + SCALE: scale.to(torch.bfloat16).contiguous(),
         name + SHAPE: torch.tensor(codes.shape, dtype=torch.int64),
     }
+    if zero is not None:
+        codes = codes + _by_input(zero, codes)
+        tensors[name + ZERO] = pack(zero.mT, bits).mT.contiguous()  # along the outputs
+    return {name + PACKED: pack(codes, bits), **tensors}
 
 
 def dequantized(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """The dense weight [m, n] that transformers holds after loading codes int8 [m, n] and scale bfloat16 [m, groups].
+    """The dense weight [m, n] that transformers holds after loading, from codes [m, n] and scale bfloat16 [m, groups].
 
     compressed-tensors multiplies in the scale's own type and transformers casts the product, so the value is
     ``bfloat16(code · scale)`` whatever ``dtype`` the model is loaded in. It equals ``code · scale`` exactly where
@@ -45,21 +58,30 @@ def dense_tensors(tensors: Mapping[str, torch.Tensor], bits: int) -> dict[str, t
     for name, tensor in tensors.items():
         if name.endswith(PACKED):
             module = name.removesuffix(PACKED)
-            n = int(tensors[module + SHAPE][1])
-            dense[module + ".weight"] = dequantized(unpack(tensor, bits, n), tensors[module + SCALE])
-        elif not name.endswith((SCALE, SHAPE)):
+            m, n = tensors[module + SHAPE].tolist()
+            codes = unpack(tensor, bits, n)
+            if module + ZERO in tensors:
+                codes = codes.to(torch.int16) - _by_input(unpack(tensors[module + ZERO].mT, bits, m).mT, codes)
+            dense[module + ".weight"] = dequantized(codes, tensors[module + SCALE])
+        elif not name.endswith((SCALE, SHAPE, ZERO)):
             dense[name] = tensor
     return dense
 
 
-def quantization_config(bits: int, group_size: int, ignore: Iterable[str]) -> dict[str, Any]:
+def _by_input(zero: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Zero points of groups, repeated for each of their codes."""
+    return zero.repeat_interleave(codes.shape[1] // zero.shape[1], dim=1)
+
+
+def quantization_config(bits: int, group_size: int, ignore: Iterable[str], *, symmetric: bool = True) -> dict[str, Any]:
     """``quantization_config`` of config.json; ``group_size`` −1 means one scale per output channel.
 
     ``dequantize`` makes transformers expand the weights while loading, without which PEFT finds no ``weight`` to
-    attach an adapter to. ``ignore`` lists the modules whose matrices are stored dense.
+    attach an adapter to. ``ignore`` lists the modules whose matrices are stored dense. ``symmetric``: without zero
+    points.
     """
     strategy = {"strategy": "channel"} if group_size == PER_CHANNEL else {"strategy": "group", "group_size": group_size}
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, **strategy, "dynamic": False}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy, "dynamic": False}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -84,16 +106,18 @@ def shard_index(shards: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
 
 
 def bits_per_weight(layers: Iterable[Mapping[str, Any]]) -> float:
-    """Bits stored for codes, scales and adapters, per quantized weight; NaN if there is none.
+    """Bits stored for codes, scales, zero points and adapters, per quantized weight; NaN if there is none.
 
     Args:
-        layers: a manifest's ``layers``: each with ``shape`` [m, n], ``bits``, ``group_size`` and ``rank``.
+        layers: a manifest's ``layers``: each with ``shape`` [m, n], ``bits``, ``group_size``, ``rank``, and
+            ``symmetric``, true where it is absent.
     """
     stored = weights = 0
     for layer in layers:
-        m, n = layer["shape"]
-        codes, scales = 32 * packed_width(n, layer["bits"]), 16 * group_count(n, layer["group_size"])
-        stored += m * (codes + scales) + 16 * layer["rank"] * (m + n)
+        (m, n), bits = layer["shape"], layer["bits"]
+        groups = group_count(n, layer["group_size"])
+        stored += m * (32 * packed_width(n, bits) + 16 * groups) + 16 * layer["rank"] * (m + n)
+        stored += 0 if layer.get("symmetric", True) else 32 * packed_width(m, bits) * groups
         weights += m * n
     return stored / weights if weights else math.nan
 

@@ -25,6 +25,7 @@ class CardFacts:
         method: ``srr``, ``qer`` or ``none``.
         bits: width of a code.
         group_size: inputs that share a scale; −1 for one scale per output channel.
+        symmetric: whether codes have no zero points.
         rank: largest rank of the adapters; 0 without.
         bits_per_weight: stored bits per quantized weight: codes, scales and adapters.
         base_bytes, adapter_bytes: sizes of the two folders.
@@ -43,6 +44,7 @@ class CardFacts:
     adapter_bytes: int
     dense_bytes: int
     exports: tuple[str, ...]
+    symmetric: bool = True
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -59,7 +61,8 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _summary(facts: CardFacts) -> str:
-    scales = "one scale per output channel" if facts.group_size == -1 else f"a scale per {facts.group_size} inputs"
+    scales = ("a" if facts.symmetric else "a zero point and a") + " scale per "
+    scales += "output channel" if facts.group_size == -1 else f"{facts.group_size} inputs"
     rows = [
         ("method", METHODS.get(facts.method, facts.method)),
         ("base", f"{facts.bits}-bit codes, {scales}"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from srr_dist.errors import SrrError, StoreError
 from srr_dist.export.adapter import adapter_config, lora_names
-from srr_dist.export.base import INDEX_NAME, PACKED, SCALE, SHAPE, group_count, shard_name
+from srr_dist.export.base import INDEX_NAME, PACKED, SCALE, SHAPE, ZERO, group_count, shard_name
 from srr_dist.export.packing import packed_width
 from srr_dist.export.tensorfile import TensorFile, decode_tensor
 from srr_dist.store.manifest import Manifest, read_complete
@@ -120,7 +120,7 @@ def _fit_problems(store: ObjectStore, manifest: Manifest) -> Iterator[str]:
         files = [TensorFile.open(store, path) for path in paths]
         shapes = {name: entry.shape for file in files for name, entry in file.entries.items()}
         if folder == "base":
-            packed = {name: shape for name, shape in shapes.items() if name.endswith((PACKED, SCALE, SHAPE))}
+            packed = {name: shape for name, shape in shapes.items() if name.endswith((PACKED, SCALE, SHAPE, ZERO))}
             yield from _shape_problems(folder, _packed_shapes(manifest.layers), packed)
             yield from _bits_problems(store, manifest)
         elif folder == "adapter":
@@ -138,10 +138,12 @@ def _fit_problems(store: ObjectStore, manifest: Manifest) -> Iterator[str]:
 def _packed_shapes(layers: Mapping[str, Mapping[str, Any]]) -> Shapes:
     shapes: Shapes = {}
     for name, layer in layers.items():
-        m, n = layer["shape"]
+        (m, n), groups = layer["shape"], group_count(layer["shape"][1], layer["group_size"])
         shapes[name + PACKED] = (m, packed_width(n, layer["bits"]))
-        shapes[name + SCALE] = (m, group_count(n, layer["group_size"]))
+        shapes[name + SCALE] = (m, groups)
         shapes[name + SHAPE] = (2,)
+        if not layer.get("symmetric", True):
+            shapes[name + ZERO] = (packed_width(m, layer["bits"]), groups)
     return shapes
 
 
@@ -162,10 +164,11 @@ def _shape_problems(folder: str, expected: Shapes, found: Shapes) -> Iterator[st
 
 def _bits_problems(store: ObjectStore, manifest: Manifest) -> Iterator[str]:
     weights = store.get_json("base/config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
-    found = (weights["num_bits"], weights.get("group_size", -1))
+    found = (weights["num_bits"], weights.get("group_size", -1), weights["symmetric"])
     for name, layer in manifest.layers.items():
-        if (expected := (layer["bits"], layer["group_size"])) != found:
-            yield f"base/config.json: (bits, group size) {found}, by the manifest layer {name} has {expected}"
+        if (expected := (layer["bits"], layer["group_size"], layer.get("symmetric", True))) != found:
+            fields = "(bits, group size, symmetric)"
+            yield f"base/config.json: {fields} {found}, by the manifest layer {name} has {expected}"
             return
 
 

@@ -195,6 +195,7 @@ def _output(run: Run) -> Output:
         dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
         companions=run.checkpoint.companions(),
         created_by=versions(),
+        symmetric=run.grid.symmetric,
     )
 
 

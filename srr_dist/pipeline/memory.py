@@ -42,6 +42,8 @@ class Workload:
     """Whether that happens for each layer, beyond its adapter."""
     bits: int = 0
     """Of a code."""
+    code_bytes: int = 1
+    """Of a code that is not packed."""
     rank: int = 0
     """Of the adapters."""
     tuned: bool = False
@@ -180,13 +182,13 @@ def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:
 
     To factor H takes two more in float64 instead of one, and beyond an adapter H itself and its factor stay beside it.
     """
-    weights = out_features * in_features * (6 * 4 + 2)
+    weights = out_features * in_features * (6 * 4 + 2 * work.code_bytes)
     if work.scaling != "exact":
         return weights + in_features * 12
     return weights + in_features * in_features * (12 + 8 * work.feedback + 8 * work.downdated)
 
 
 def _result_bytes(out_features: int, in_features: int, work: Workload) -> int:
-    """Codes of a byte each with their adapter, and what is packed of this block and of the one that is uploaded."""
+    """Codes with their adapter, and what is packed of this block and of the one that is uploaded."""
     adapter = adapter_bytes(out_features, in_features, work.rank)
-    return out_features * in_features * (4 + work.bits) // 4 + 3 * adapter
+    return out_features * in_features * (4 * work.code_bytes + work.bits) // 4 + 3 * adapter

@@ -95,6 +95,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         and run.config.iterations + run.config.descent > 0
         and run.config.rounding_metric == "downdated",
         bits=run.config.bits,
+        code_bytes=run.grid.dtype.itemsize,
         rank=rank,
         tuned=run.config.tune_steps > 0,
         threads=cluster.cpus,

@@ -19,7 +19,7 @@ from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.base import linear_tensors
 from srr_dist.pipeline.memory import layers_at_once
 from srr_dist.pipeline.run import Run
-from srr_dist.solve import LayerSolution, Metric, Stored, remeasured, solve_layer
+from srr_dist.solve import Grid, LayerSolution, Metric, Stored, remeasured, solve_layer
 from srr_dist.threads import side_by_side
 
 
@@ -106,10 +106,11 @@ class BlockSolver:
         return Metric.of(moment.value().to(self.device), self.run.config.shrinkage)
 
 
-def result_tensors(solutions: Mapping[str, Stored], bits: int) -> dict[str, dict[str, Tensor]]:
+def result_tensors(solutions: Mapping[str, Stored], grid: Grid) -> dict[str, dict[str, Tensor]]:
     """What solved layers add to their block's files, ``base`` and ``adapter``."""
     base, adapter = dict[str, Tensor](), dict[str, Tensor]()
     for name, solution in solutions.items():
-        base |= linear_tensors(name, solution.codes, solution.scale, bits)
+        zero = grid.zero(solution.codes)
+        base |= linear_tensors(name, solution.codes, solution.scale, grid.bits, zero)
         adapter |= adapter_tensors(name, solution.L, solution.R)
     return {"base": base, "adapter": adapter}

@@ -6,7 +6,7 @@ Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m,
 ``E‖x Δᵀ‖² = tr(Δ H Δᵀ) = ‖Δ S‖²_F``, called the objective.
 """
 
-from srr_dist.solve.grids import Grid, IntGrid, MXIntGrid, make_grid
+from srr_dist.solve.grids import AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, make_grid
 from srr_dist.solve.layer import LayerSolution, Stored, remeasured, solve_layer
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.problem import SolveOptions
@@ -15,6 +15,7 @@ from srr_dist.solve.split import layer_seed
 from srr_dist.solve.tuning import BlockError, Tuned, TuneOptions, tune
 
 __all__ = [
+    "AsymmetricIntGrid",
     "BlockError",
     "Grid",
     "IntGrid",

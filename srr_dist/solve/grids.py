@@ -2,14 +2,17 @@
 
 A grid turns ``W: [..., m, n]`` into integer ``codes`` of the same shape and one ``scale`` per group of
 ``group_size`` neighbouring inputs, so that ``Q = codes · scale``. Every scale is a bfloat16 value, because that is
-what the checkpoint stores.
+what the checkpoint stores. Under a grid with zero points, codes are what is left when the group's zero point is taken
+from the stored ones: products stay what they are, and only the range that codes may take differs between groups.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import torch
@@ -23,10 +26,13 @@ PER_CHANNEL = -1
 # The smallest normal bfloat16 is 2^-126; a scale below it would lose its significand.
 _MIN_EXPONENT, _MAX_EXPONENT = -126, 127
 
+_SHARES = tuple(1.0 - step / 10 for step in range(6))
+"""Parts of the way from 0 to the smallest and to the largest weight that an asymmetric group may reach."""
+
 
 @dataclass(frozen=True)
 class Grid(ABC):
-    """Symmetric integer codes times a scale per group.
+    """Integer codes times a scale per group.
 
     Attributes:
         bits: width of a code, 2 to 8.
@@ -40,6 +46,10 @@ class Grid(ABC):
     """Multiples of a group's scale that are worth trying in its place."""
     continuous: ClassVar[bool]
     """Whether any positive bfloat16 is a scale, so that scales can be tuned."""
+    symmetric: ClassVar[bool] = True
+    """Whether all groups have the same codes, so that no zero points are stored."""
+    dtype: ClassVar[torch.dtype] = torch.int8
+    """Of codes."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -50,7 +60,7 @@ class Grid(ABC):
     @property
     @abstractmethod
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code."""
+        """Smallest and largest code as it is stored."""
 
     @abstractmethod
     def _scale(self, absmax: Tensor) -> Tensor:
@@ -68,20 +78,46 @@ class Grid(ABC):
         """The scales that reach the largest magnitude of each group: bfloat16 ``[..., m, groups]``."""
         return self._scale(self.grouped(W).abs().amax(-1)).bfloat16()
 
-    def encode(self, W: Tensor, scale: Tensor) -> Tensor:
-        """Codes of the nearest points under given scales: int8, of W's shape."""
+    def candidates(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Scales and zero points that are worth trying; the first are the grid's own, which reach every weight.
+
+        Yields:
+            scale: bfloat16 ``[..., m, groups]``; zero: None, or whole numbers within ``code_range``, float32 of the
+            same shape.
+        """
+        own = self.scale(W)
+        yield own, None
+        for factor in self.trials:
+            yield (own.float() * factor).bfloat16(), None
+
+    def zero(self, codes: Tensor) -> Tensor | None:
+        """Zero points to store with ``codes: [..., m, n]``: None, or ``[..., m, groups]`` of the same type."""
+        return None
+
+    def clamp_(self, codes: Tensor, zero: Tensor | None, margin: float = 0.0) -> Tensor:
+        """Bring codes (float32, overwritten) into the range that zero points leave them, widened by a margin.
+
+        ``zero`` has the first dimensions of codes, for example those of ``grouped`` without the last.
+        """
         low, high = self.code_range
-        codes = torch.round(self.grouped(W) / scale.float().unsqueeze(-1)).clamp_(low, high)
-        return codes.to(torch.int8).reshape(W.shape)
+        if zero is None:
+            return codes.clamp_(low - margin, high + margin)
+        zero = zero.reshape(*zero.shape, *[1] * (codes.dim() - zero.dim()))
+        return codes.add_(zero).clamp_(low - margin, high + margin).sub_(zero)
+
+    def encode(self, W: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Codes of the nearest points under given scales and zero points: ``dtype``, of W's shape."""
+        codes = self.clamp_(torch.round(self.grouped(W) / scale.float().unsqueeze(-1)), zero)
+        return codes.to(self.dtype).reshape(W.shape)
 
     def quantize(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Round ``W: [..., m, n]`` (float32) to the nearest point of the grid.
 
         Returns:
-            codes: int8 ``[..., m, n]``; scale: bfloat16 ``[..., m, groups]``.
+            codes: ``dtype`` ``[..., m, n]``; scale: bfloat16 ``[..., m, groups]``.
         """
-        scale = self.scale(W)
-        return self.encode(W, scale), scale
+        scale, zero = next(self.candidates(W))
+        return self.encode(W, scale, zero), scale
 
     def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
         """``Q: [..., m, n]`` in float32, exactly as readers of the checkpoint will hold it."""
@@ -99,7 +135,7 @@ class Grid(ABC):
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``codes · scale`` in ``dtype``: the product of int8 ``[..., m, n]`` and bfloat16 ``[..., m, groups]``.
+    """``codes · scale`` in ``dtype``: the product of codes ``[..., m, n]`` and bfloat16 ``[..., m, groups]``.
 
     The product is exact in float32 (8 + 8 significant bits) and rounded once to ``dtype``.
     """
@@ -153,12 +189,53 @@ class IntGrid(Grid):
 
     def _scale(self, absmax: Tensor) -> Tensor:
         # A group of zeros codes to zeros under any scale; a normal number keeps readers from dividing by zero.
-        floor = math.ldexp(1.0, _MIN_EXPONENT)
-        scale: Tensor = (absmax / (2 ** (self.bits - 1) - 0.5)).clamp_min(floor)
+        scale: Tensor = (absmax / (2 ** (self.bits - 1) - 0.5)).clamp_min(math.ldexp(1.0, _MIN_EXPONENT))
         return scale
 
 
-_GRIDS: dict[str, type[Grid]] = {grid.name: grid for grid in (MXIntGrid, IntGrid)}
+@dataclass(frozen=True)
+class AsymmetricIntGrid(IntGrid):
+    """Integers with a bfloat16 scale and a zero point of ``bits`` bits: the 2^b codes lie where the weights do.
+
+    The grid's own scales and zero points reach from the smallest to the largest weight of a group, 0 among them. A
+    search moves both ends inwards, each on its own, and tries what ``IntGrid`` would.
+    """
+
+    name: ClassVar[str] = "int-asym"
+    symmetric: ClassVar[bool] = False
+    dtype: ClassVar[torch.dtype] = torch.int16
+    """The difference of two numbers of eight bits takes nine."""
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits per weight: the codes, their bfloat16 scales and their zero points."""
+        per_group = 16 + self.bits
+        return self.bits + per_group / (in_features if self.group_size == PER_CHANNEL else self.group_size)
+
+    def candidates(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Every pair of ends between the whole range and ``_SHARES`` of it, then those of ``IntGrid``."""
+        groups = self.grouped(W)
+        bottom, top = groups.amin(-1).clamp_max_(0.0), groups.amax(-1).clamp_min_(0.0)
+        for below, above in product(_SHARES, _SHARES):
+            yield self._reaching(below * bottom, above * top)
+        for scale, _ in super().candidates(W):
+            # −s times −2^(b−1) … 2^(b−1) − 1 is s times −2^(b−1) + 1 … 2^(b−1).
+            yield scale.abs(), -(scale < 0).float()
+
+    def zero(self, codes: Tensor) -> Tensor | None:
+        """Of the zero points that let every code of a group be stored, the nearest to 0."""
+        (low, high), groups = self.code_range, self.grouped(codes)
+        least, most = low - groups.amin(-1), high - groups.amax(-1)
+        return torch.zeros_like(least).clamp_(least, most)
+
+    def _reaching(self, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of groups that reach from ``bottom <= 0`` to ``top >= 0``."""
+        low, high = self.code_range
+        steps = high - low
+        scale = (top / steps - bottom / steps).clamp_min_(math.ldexp(1.0, _MIN_EXPONENT)).bfloat16()
+        return scale, (low - torch.round(bottom / scale.float())).clamp_(low, high)
+
+
+_GRIDS: dict[str, type[Grid]] = {grid.name: grid for grid in (MXIntGrid, IntGrid, AsymmetricIntGrid)}
 
 
 def make_grid(name: str, bits: int, group_size: int) -> Grid:

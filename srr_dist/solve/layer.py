@@ -26,7 +26,7 @@ class Stored:
     """A layer in the types that are stored.
 
     Attributes:
-        codes: int8 ``[m, n]``.
+        codes: of the grid's type ``[m, n]``, without zero points.
         scale: bfloat16 ``[m, groups]``.
         L: bfloat16 ``[m, r]``; R: bfloat16 ``[r, n]``. r = 0 without an adapter.
     """

@@ -38,11 +38,16 @@ class Quantizer:
         return metric.feedback.damping if self._feeds_back(metric) else 0.0
 
     def quantize(self, W: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-        """Codes, int8 ``[m, n]``, and scales, bfloat16 ``[m, groups]``."""
-        scale = self.grid.scale(W) if self.scales == "absmax" else search_scales(W, self.grid, metric.weights)
+        """Codes, of the grid's type ``[m, n]``, and scales, bfloat16 ``[m, groups]``."""
+        scale, zero = self._scales(W, metric)
         if self._feeds_back(metric):
-            return gptq(W, scale, self.grid, metric.feedback), scale
-        return self.grid.encode(W, scale), scale
+            return gptq(W, scale, self.grid, metric.feedback, zero), scale
+        return self.grid.encode(W, scale, zero), scale
+
+    def _scales(self, W: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
+        if self.scales == "absmax":
+            return next(self.grid.candidates(W))
+        return search_scales(W, self.grid, metric.weights)
 
     def descend(self, W: Tensor, metric: Metric, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Better codes, and scales if they may be chosen, from given ones, in a full metric."""
@@ -55,8 +60,8 @@ class Quantizer:
         return self.rounding == "gptq" and not metric.diagonal
 
 
-def search_scales(W: Tensor, grid: Grid, weights: Tensor) -> Tensor:
-    """Of the grid's own scale and its ``trials``, the one with the least ``Σ h_i (w_i − q_i)²`` for each group.
+def search_scales(W: Tensor, grid: Grid, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of the grid's ``candidates``, the one with the least ``Σ h_i (w_i − q_i)²`` for each group.
 
     Args:
         W: float32 ``[m, n]``.
@@ -64,25 +69,29 @@ def search_scales(W: Tensor, grid: Grid, weights: Tensor) -> Tensor:
         weights: float32 ``[n]``, h: how much an error at each input counts.
 
     Returns:
-        bfloat16 ``[m, groups]``; of equal ones the first.
+        scale: bfloat16 ``[m, groups]``; zero: None, or float32 ``[m, groups]``; of equal ones the first.
     """
-    return torch.cat([_search_rows(rows, grid, weights) for rows in W.split(max(1, _CHUNK // W.shape[1]))])
+    scales, zeros = zip(
+        *(_search_rows(rows, grid, weights) for rows in W.split(max(1, _CHUNK // W.shape[1]))), strict=True
+    )
+    return torch.cat(scales), None if grid.symmetric else torch.cat(zeros)
 
 
-def _search_rows(W: Tensor, grid: Grid, weights: Tensor) -> Tensor:
+def _search_rows(W: Tensor, grid: Grid, weights: Tensor) -> tuple[Tensor, Tensor | None]:
     groups, h = grid.grouped(W), grid.grouped(weights.unsqueeze(0))
-    low, high = grid.code_range
 
-    def error(scale: Tensor) -> Tensor:
+    def error(scale: Tensor, zero: Tensor | None) -> Tensor:
         step = scale.float().unsqueeze(-1)
-        Q = torch.round(groups / step).clamp_(low, high).mul_(step).bfloat16()  # as readers will hold it
+        Q = grid.clamp_(torch.round(groups / step), zero).mul_(step).bfloat16()  # as readers will hold it
         return (groups - Q).square_().mul_(h).sum(-1)
 
-    own = grid.scale(W)
-    best, least = own, error(own)
-    for factor in grid.trials:
-        scale = (own.float() * factor).bfloat16()
-        found = error(scale)
+    candidates = grid.candidates(W)
+    scale, zero = next(candidates)
+    least = error(scale, zero)
+    for trial, its_zero in candidates:
+        found = error(trial, its_zero)
         better = found < least
-        best, least = torch.where(better, scale, best), torch.where(better, found, least)
-    return best
+        scale, least = torch.where(better, trial, scale), torch.where(better, found, least)
+        if zero is not None and its_zero is not None:
+            zero = torch.where(better, its_zero, zero)
+    return scale, zero

@@ -64,12 +64,13 @@ def _cholesky(A: Tensor) -> tuple[Tensor, float]:
         damping *= 10.0
 
 
-def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
-    """Codes of ``W: [m, n]`` (float32) under given scales (bfloat16 ``[m, groups]``), int8 ``[m, n]``."""
+def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback, zero: Tensor | None = None) -> Tensor:
+    """Codes of ``W: [m, n]`` (float32) under given scales and zero points, of the grid's type ``[m, n]``."""
     order = feedback.order
-    weights = W.mT[order]
-    steps = scale.float().mT[order // (W.shape[1] // scale.shape[1])]
-    codes = _sweep(weights, weights.clone(), steps, feedback.U, grid)
+    weights, group = W.mT[order], order // (W.shape[1] // scale.shape[1])
+    steps = scale.float().mT[group]
+    zeros = None if zero is None else zero.mT[group]
+    codes = _sweep(weights, weights.clone(), steps, zeros, feedback.U, grid)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored.mT.contiguous()
@@ -80,21 +81,23 @@ def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor
 
     Args:
         W: float32 ``[m, n]``.
-        codes: int8 ``[m, n]``, where to begin.
+        codes: of the grid's type ``[m, n]``, where to begin.
         scale: bfloat16 ``[m, groups]``.
         grid: of the codes.
         H: float32 ``[n, n]``, of mean diagonal about 1.
 
     Returns:
-        int8 ``[m, n]``.
+        As codes.
     """
     damped = H.clone()
     damped.diagonal().add_(DAMPING)
     curvature = damped.diagonal().clone()
-    steps = scale.float().mT.repeat_interleave(W.shape[1] // scale.shape[1], dim=0)
+    size, zero = W.shape[1] // scale.shape[1], grid.zero(codes)
+    steps = scale.float().mT.repeat_interleave(size, dim=0)
+    zeros = None if zero is None else zero.mT.repeat_interleave(size, dim=0)
     Q = grid.dequantize(codes, scale).mT.contiguous()
     target = (damped @ (W.mT - Q)).div_(curvature.unsqueeze(1)).add_(Q)
-    return _sweep(Q, target, steps, damped.div_(curvature), grid).mT.contiguous()
+    return _sweep(Q, target, steps, zeros, damped.div_(curvature), grid).mT.contiguous()
 
 
 def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tenso
     return found
 
 
-def _sweep(moved: Tensor, target: Tensor, steps: Tensor, U: Tensor, grid: Grid) -> Tensor:
+def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U: Tensor, grid: Grid) -> Tensor:
     """Round inputs, which are rows here, from the first to the last, each moving the targets of those after it.
 
     A range of inputs is rounded half by half, and between its halves what the first moved reaches the targets of the
@@ -127,14 +130,14 @@ def _sweep(moved: Tensor, target: Tensor, steps: Tensor, U: Tensor, grid: Grid) 
         moved: float32 ``[n, m]``, what each input had before; becomes how far it has moved.
         target: float32 ``[n, m]``, what each input would be if no other moved; overwritten.
         steps: float32 ``[n, m]``, the scales.
+        zeros: ``[n, m]``, the zero points; None without.
         U: float32 ``[n, n]``: input i moving by δ_i adds ``δ_i U_ij`` to the target of j.
         grid: of the codes.
 
     Returns:
-        Codes, int8 ``[n, m]``.
+        Codes, of the grid's type ``[n, m]``.
     """
-    low, high = grid.code_range
-    codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
+    codes = torch.empty(target.shape, dtype=grid.dtype, device=target.device)
 
     def round_range(start: int, stop: int) -> None:
         if stop - start > _RANGE:
@@ -144,7 +147,7 @@ def _sweep(moved: Tensor, target: Tensor, steps: Tensor, U: Tensor, grid: Grid) 
             round_range(middle, stop)
             return
         for j in range(start, stop):
-            code = (target[j] / steps[j]).round_().clamp_(low, high)
+            code = grid.clamp_((target[j] / steps[j]).round_(), None if zeros is None else zeros[j])
             codes[j] = code
             moved[j] -= code.mul_(steps[j]).bfloat16()  # as readers will hold it
             target[j + 1 : stop].addr_(U[j, j + 1 : stop], moved[j])

@@ -83,7 +83,7 @@ class TunedLayer:
     def __init__(self, W: Tensor, start: Stored, grid: Grid, options: TuneOptions) -> None:
         self._grid, self._start = grid, start.scale.float()
         self._L, self._R = start.L.float(), start.R.float()
-        self._growth = torch.zeros_like(self._start)
+        self._growth, self._zero = torch.zeros_like(self._start), grid.zero(start.codes)
         codes = grid.grouped(start.codes.float())
         wanted = grid.grouped(W.float() - self._L @ self._R) / self._start.unsqueeze(-1)
         self._latent = codes + LEANING * (wanted - codes).clamp_(-0.5, 0.5)
@@ -99,7 +99,7 @@ class TunedLayer:
 
     def stored(self) -> Stored:
         """The layer as it would be stored now."""
-        codes = self._codes().to(torch.int8).reshape(len(self._L), -1)
+        codes = self._codes().to(self._grid.dtype).reshape(len(self._L), -1)
         return Stored(codes, self._scale().bfloat16(), self._L.bfloat16(), self._R.bfloat16())
 
     def weight(self) -> Tensor:
@@ -118,15 +118,13 @@ class TunedLayer:
         for group in self._adam.param_groups:
             group["lr"] = group["first"] * share
         self._adam.step()
-        low, high = self._grid.code_range
-        self._latent.clamp_(low - 0.5, high + 0.5)
+        self._grid.clamp_(self._latent, self._zero, margin=0.5)
 
     def _factors(self) -> list[Tensor]:
         return [factor for factor in (self._L, self._R) if factor.numel()]
 
     def _codes(self) -> Tensor:
-        low, high = self._grid.code_range
-        return self._latent.round().clamp_(low, high)
+        return self._grid.clamp_(self._latent.round(), self._zero)
 
     def _scale(self) -> Tensor:
         return self._start * self._growth.exp()

@@ -22,12 +22,13 @@ FINGERPRINT = "ab" * 32
 
 @dataclass
 class Linear:
-    """What stands for one linear: codes [m, n], scale [m, groups], factors L [m, r] and R [r, n]."""
+    """What stands for one linear: codes [m, n], scale and zero [m, groups], factors L [m, r] and R [r, n]."""
 
     codes: torch.Tensor
     scale: torch.Tensor
     L: torch.Tensor
     R: torch.Tensor
+    zero: torch.Tensor | None = None
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Recipe:
     group_size: int = 32
     power_of_two: bool = True
     rank: Callable[[str], int | None] = lambda name: 4
+    symmetric: bool = True
 
 
 def llama_config(**options: object) -> PreTrainedConfig:
@@ -59,14 +61,19 @@ def llama_config(**options: object) -> PreTrainedConfig:
 
 def random_linear(weight: torch.Tensor, rank: int, recipe: Recipe) -> Linear:
     m, n = weight.shape
-    codes = torch.randint(-(1 << recipe.bits - 1), 1 << recipe.bits - 1, (m, n), dtype=torch.int8)
+    limit = 1 << recipe.bits - 1
+    codes = torch.randint(-limit, limit, (m, n), dtype=torch.int8)
     scale = torch.rand(m, 1 if recipe.group_size == -1 else n // recipe.group_size) / 50 + 1e-3
     if recipe.power_of_two:
         scale = torch.exp2(scale.log2().floor())
     else:
         scale[::2].neg_()
     L, R = torch.randn(m, rank) / 20, torch.randn(rank, n) / 20
-    return Linear(codes, scale.bfloat16(), L.bfloat16(), R.bfloat16())
+    if recipe.symmetric:
+        return Linear(codes, scale.bfloat16(), L.bfloat16(), R.bfloat16())
+    zero = torch.randint(-limit, limit, scale.shape, dtype=torch.int16)
+    codes = codes - zero.repeat_interleave(n // scale.shape[1], dim=1)
+    return Linear(codes, scale.bfloat16(), L.bfloat16(), R.bfloat16(), zero)
 
 
 def commit_run(
@@ -79,7 +86,9 @@ def commit_run(
     blocks = [(name, block) for name, block in model.named_modules() if name.rpartition(".layers.")[2].isdigit()]
     config.architectures = [type(model).__name__]
     companions = {"config.json": config.to_json_string(use_diff=False).encode(), "tokenizer_config.json": b"{}\n"}
-    output = Output(len(blocks), recipe.bits, recipe.group_size, config.dtype, companions, {"srr_dist": "0"})
+    output = Output(
+        len(blocks), recipe.bits, recipe.group_size, config.dtype, companions, {"srr_dist": "0"}, recipe.symmetric
+    )
     run = CommittedRun(store, output, model)
     area = RunArea(store, FINGERPRINT)
     rest = {name: tensor for name, tensor in model.state_dict().items() if ".layers." not in name}
@@ -94,7 +103,7 @@ def commit_run(
             if not isinstance(module, torch.nn.Linear) or (rank := recipe.rank(name)) is None:
                 continue
             linear = run.linears[name] = random_linear(base.pop(f"{name}.weight"), rank, recipe)
-            base |= linear_tensors(name, linear.codes, linear.scale, recipe.bits)
+            base |= linear_tensors(name, linear.codes, linear.scale, recipe.bits, linear.zero)
             adapter |= adapter_tensors(name, linear.L, linear.R)
             shape, values = list(linear.codes.shape), [1 / (i + 1) for i in range(rank)]
             layers.append({"name": name, "shape": shape, "k": rank // 2, "rank": rank, "singular_values": values})

@@ -60,6 +60,16 @@ def test_manifest_states_the_choices_of_every_layer(tmp_path):
     }
 
 
+def test_manifest_and_configuration_state_that_codes_have_zero_points(tmp_path):
+    run = commit_run(
+        ObjectStore(str(tmp_path / "out")), tmp_path, llama_config(dtype="bfloat16"), Recipe(symmetric=False)
+    )
+    manifest = assemble(run.store, run.records, run.output, ["compressed"])
+    assert all(layer["symmetric"] is False for layer in manifest.layers.values())
+    groups = run.store.get_json("base/config.json")["quantization_config"]["config_groups"]
+    assert groups["group_0"]["weights"]["symmetric"] is False
+
+
 def test_index_names_the_shard_of_every_tensor(committed):
     assemble(committed.store, committed.records, committed.output, ["compressed"])
     index = committed.store.get_json("base/model.safetensors.index.json")
@@ -202,6 +212,7 @@ def test_bits_per_weight_counts_codes_scales_and_adapter():
     assert bits_per_weight([layer]) == pytest.approx(3 + 16 / 32 + 16 * 4 * (64 + 128) / (64 * 128))
     per_channel = {"shape": [64, 128], "bits": 4, "group_size": -1, "rank": 0}
     assert bits_per_weight([per_channel]) == 4 + 16 / 128
+    assert bits_per_weight([per_channel | {"symmetric": False}]) == 4 + (16 + 4) / 128
 
 
 def test_output_description_can_be_sent_to_another_process(committed):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 
 from srr_dist.export.base import (
@@ -36,6 +37,33 @@ def test_dequantized_equals_what_compressed_tensors_decompresses(bits, groups):
     assert torch.equal(dequantized(codes, scale, torch.float32), loaded.float())
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("m", [8, 33])
+def test_zero_points_are_stored_and_read_as_compressed_tensors_does(bits, groups, m):
+    limit, generator = 1 << bits - 1, torch.Generator().manual_seed(bits)
+    stored_codes = torch.randint(-limit, limit, (m, 64), generator=generator, dtype=torch.int8)
+    zero = torch.randint(-limit, limit, (m, groups), generator=generator, dtype=torch.int16)
+    scale = (torch.rand(m, groups, generator=generator) / 9 + 1e-3).bfloat16()
+    codes = stored_codes - zero.repeat_interleave(64 // groups, dim=1)
+    tensors = linear_tensors("lin", codes, scale, bits, zero)
+    assert torch.equal(tensors["lin.weight_packed"], pack_to_int32(stored_codes, bits))
+    assert torch.equal(tensors["lin.weight_zero_point"], pack_to_int32(zero.to(torch.int8), bits, packed_dim=0))
+    settings = quantization_config(bits, 64 // groups if groups > 1 else -1, [], symmetric=False)
+    scheme = QuantizationConfig.model_validate(settings).config_groups["group_0"]
+    local = {name.removeprefix("lin."): tensor for name, tensor in tensors.items()}
+    assert set(local) == set(PackedQuantizationCompressor.compression_param_names(scheme))
+    loaded = PackedQuantizationCompressor.decompress(local, scheme)["weight"]
+    assert torch.equal(dequantized(codes, scale), loaded)
+    assert torch.equal(dense_tensors(tensors, bits)["lin.weight"], loaded)
+
+
+def test_zero_point_that_leaves_a_code_no_room_is_refused():
+    codes, scale = torch.tensor([[4, 0]], dtype=torch.int16), torch.ones(1, 1).bfloat16()
+    with pytest.raises(ValueError, match=r"codes of 3 bits must lie in -4\.\.3, found 0\.\.4"):
+        linear_tensors("lin", codes, scale, 3, torch.zeros(1, 1, dtype=torch.int16))
+
+
 def test_dequantized_power_of_two_scale_is_the_exact_product():
     codes = torch.tensor([[-3, 0, 1, 2]], dtype=torch.int8)
     scale = torch.tensor([[0.25, 2.0]], dtype=torch.bfloat16)
@@ -67,15 +95,16 @@ def test_dense_tensors_restore_names_and_keep_the_rest():
     assert dense["a.norm.weight"] is norm
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group_size", "weights"), [(3, 32, GROUPED), (8, -1, PER_CHANNEL)])
-def test_quantization_config_golden(bits, group_size, weights):
-    assert quantization_config(bits, group_size, ["lm_head", "a.gate"]) == {
+def test_quantization_config_golden(bits, group_size, weights, symmetric):
+    assert quantization_config(bits, group_size, ["lm_head", "a.gate"], symmetric=symmetric) == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["a.gate", "lm_head"],
         "dequantize": True,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights | {"symmetric": symmetric}}},
     }
 
 

@@ -28,6 +28,15 @@ def test_card_states_how_to_load_and_serve_base_and_adapter():
     assert "Measured" not in card
 
 
+def test_card_states_what_a_group_shares():
+    for symmetric, group_size, stated in (
+        (True, 32, "3-bit codes, a scale per 32 inputs"),
+        (False, 32, "3-bit codes, a zero point and a scale per 32 inputs"),
+        (True, -1, "3-bit codes, a scale per output channel"),
+    ):
+        assert stated in model_card(dataclasses.replace(FACTS, symmetric=symmetric, group_size=group_size))
+
+
 def test_card_loading_code_is_python():
     code = model_card(FACTS).split("```python\n")[1].split("```")[0]
     compile(code, "README.md", "exec")

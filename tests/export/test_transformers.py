@@ -40,16 +40,21 @@ CONFIGS = {
     "qwen3": qwen3_config,
     "opt": opt_config,
 }
-GRIDS = {"mxint3": (3, 32, True), "int4": (4, 32, False), "int2-channel": (2, -1, False)}
+GRIDS = {
+    "mxint3": Recipe(3, 32, True, uneven_rank),
+    "int4": Recipe(4, 32, False, uneven_rank),
+    "int2-channel": Recipe(2, -1, False, uneven_rank),
+    "int-asym4": Recipe(4, 32, False, uneven_rank, symmetric=False),
+    "int-asym3-channel": Recipe(3, -1, False, uneven_rank, symmetric=False),
+    "int-asym8": Recipe(8, 16, False, uneven_rank, symmetric=False),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("grid_name", GRIDS)
 def test_output_loaded_by_transformers_and_peft_holds_the_committed_values(tmp_path, family, dtype, grid_name):
-    bits, group_size, power_of_two = GRIDS[grid_name]
-    recipe = Recipe(bits, group_size, power_of_two, uneven_rank)
-    run = commit_run(ObjectStore(str(tmp_path / "out")), tmp_path, CONFIGS[family](dtype=dtype), recipe)
+    run = commit_run(ObjectStore(str(tmp_path / "out")), tmp_path, CONFIGS[family](dtype=dtype), GRIDS[grid_name])
     assemble(run.store, run.records, run.output, ["compressed"])
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base")
@@ -69,9 +74,10 @@ def test_output_loaded_by_transformers_and_peft_holds_the_committed_values(tmp_p
         assert torch.equal(module.lora_B["default"].weight, run.linears[name].L.float())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_output_loaded_in_another_dtype_holds_the_bfloat16_value_cast(tmp_path, dtype):
-    recipe = Recipe(bits=4, power_of_two=False)
+def test_output_loaded_in_another_dtype_holds_the_bfloat16_value_cast(tmp_path, dtype, symmetric):
+    recipe = Recipe(bits=4, power_of_two=False, symmetric=symmetric)
     run = commit_run(ObjectStore(str(tmp_path / "out")), tmp_path, llama_config(dtype="bfloat16"), recipe)
     assemble(run.store, run.records, run.output, ["compressed"])
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base", dtype=dtype).state_dict()

@@ -18,6 +18,7 @@ from srr_dist.store.records import RunArea
 SHARD = "base/model-00002-of-00003.safetensors"
 ADAPTER = "adapter/adapter_model.safetensors"
 SCALE = "model.layers.1.mlp.up_proj.weight_scale"
+ZERO = "model.layers.1.mlp.up_proj.weight_zero_point"
 
 
 @pytest.fixture
@@ -41,9 +42,18 @@ def recommit(store, manifest, *dropped, **changes):
     write_commit(store, dataclasses.replace(manifest, files=files, **changes))
 
 
+@pytest.fixture
+def with_zero_points(tmp_path):
+    """A sound output whose codes have zero points, and its manifest."""
+    store = ObjectStore(str(tmp_path / "out"))
+    run = commit_run(store, tmp_path, llama_config(dtype="bfloat16"), Recipe(symmetric=False))
+    return store, assemble(store, run.records, run.output, ["compressed"])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method_rank", [4, 0])
-def test_verify_sound_output_finds_nothing(tmp_path, method_rank):
-    recipe = Recipe(group_size=-1, rank=lambda name: None if "k_proj" in name else method_rank)
+def test_verify_sound_output_finds_nothing(tmp_path, method_rank, symmetric):
+    recipe = Recipe(group_size=-1, rank=lambda name: None if "k_proj" in name else method_rank, symmetric=symmetric)
     run = commit_run(ObjectStore(str(tmp_path / "out")), tmp_path, llama_config(dtype="bfloat16"), recipe)
     assemble(run.store, run.records, run.output, ["compressed", "dense"])
     for view in ("README.md", "report.html", "report.json"):
@@ -165,7 +175,46 @@ def test_verify_layer_that_the_manifest_describes_otherwise_is_found(finished):
     problems = verify_output(store.url)
     assert any("up_proj.lora_A.weight: shape (4, 64), by the manifest (3, 64)" in problem for problem in problems)
     assert any("up_proj.weight_packed: shape (64, 6), by the manifest (64, 8)" in problem for problem in problems)
-    assert any(problem.startswith("base/config.json: (bits, group size) (3, 32)") for problem in problems)
+    assert any(
+        problem.startswith("base/config.json: (bits, group size, symmetric) (3, 32, True)") for problem in problems
+    )
+
+
+def test_verify_changed_zero_point_is_found(with_zero_points):
+    store, _ = with_zero_points
+
+    def change(tensors):
+        tensors[ZERO][0, 0] ^= 1
+
+    rewrite(store, SHARD, change)
+    (problem,) = verify_output(store.url)
+    assert problem.startswith(f"{SHARD}: its sha256 is not the manifest's")
+
+
+def without(tensors):
+    del tensors[ZERO]
+
+
+def cut(tensors):
+    tensors[ZERO] = tensors[ZERO][1:].contiguous()
+
+
+@pytest.mark.parametrize(("change", "found"), [(without, "None"), (cut, "(5, 2)")])
+def test_verify_missing_or_short_zero_points_are_found(with_zero_points, change, found):
+    store, manifest = with_zero_points
+    rewrite(store, SHARD, change)
+    recommit(store, manifest)
+    problems = verify_output(store.url)
+    assert f"base/: tensor {ZERO}: shape {found}, by the manifest (6, 2)" in problems
+
+
+def test_verify_zero_points_that_the_configuration_or_the_manifest_does_not_know_are_found(with_zero_points):
+    store, manifest = with_zero_points
+    layers = {name: {k: v for k, v in layer.items() if k != "symmetric"} for name, layer in manifest.layers.items()}
+    recommit(store, manifest, layers=layers)
+    problems = verify_output(store.url)
+    assert f"base/: tensor {ZERO}: shape (6, 2), by the manifest None" in problems
+    assert any("(bits, group size, symmetric) (3, 32, False), by the manifest" in problem for problem in problems)
 
 
 def test_verify_adapter_configuration_with_another_scale_is_found(finished):

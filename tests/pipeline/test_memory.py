@@ -83,6 +83,7 @@ def test_need_counts_only_layers_that_are_quantized():
         ({"copies": 2}, {"weights"}),
         ({"bits": 4}, {"results"}),
         ({"rank": 8}, {"results"}),
+        ({"code_bytes": 2}, {"solve", "results"}),
     ],
 )
 def test_need_grows_where_the_workload_does(change, grows):

@@ -37,6 +37,7 @@ CHANGES: list[dict[str, Any]] = [
     {"method": "qer"},
     {"method": "none"},
     {"grid": "mxint"},
+    {"grid": "int-asym"},
     {"bits": 2},
     {"bits": 4},
     {"bits": 8},

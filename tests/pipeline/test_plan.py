@@ -130,6 +130,14 @@ def test_output_bytes_are_those_of_codes_scales_adapters_and_rest(model, text):
     assert found >= 6 * (codes + scales / 2 + factors) + rest  # a power-of-two scale is a byte of information
 
 
+def test_output_bytes_count_zero_points(model, text):
+    having, without = (
+        output_bytes(make_run(model, text, bits=4, group_size=32, grid=grid)) for grid in ("int-asym", "int")
+    )
+    weights = 3 * 64 * 128 + 2 * 64 * 64 + 2 * 32 * 64
+    assert having - without == 6 * weights // 32 * 4 // 8
+
+
 def test_boundary_traffic_is_counted_between_windows(model, text):
     run = make_run(model, text)
     assert plan(run, blocks_per_stage=2).traffic()["boundaries written and read"] == 2 * 8 * 32 * 64 * 4

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srr_dist.errors import ConfigError
-from srr_dist.solve.grids import PER_CHANNEL, IntGrid, MXIntGrid, dequantize, make_grid
+from srr_dist.solve.grids import PER_CHANNEL, AsymmetricIntGrid, IntGrid, MXIntGrid, dequantize, make_grid
 from tests.solve.problems import weight, with_threads
 
 BITS = range(2, 9)
-KINDS = ("mxint", "int")
+KINDS = ("mxint", "int", "int-asym")
 
 
 def bfloat16(value):
@@ -22,12 +22,18 @@ def bfloat16(value):
 def by_definition(kind, bits, group):
     """Codes and scale of one group, from the formulas, one value at a time."""
     absmax = max(abs(value) for value in group)
-    if kind == "mxint":
+    high = 2 ** (bits - 1) - 1
+    if kind == "int-asym":
+        bottom, top = min(0.0, *group), max(0.0, *group)
+        scale = bfloat16(max((top - bottom) / (2**bits - 1), math.ldexp(1.0, -126)))
+        low = round(bottom / scale)
+        high = low + 2**bits - 1
+    elif kind == "mxint":
         exponent = math.floor(math.log2(absmax)) - (bits - 2) if absmax else -126
         scale, low = math.ldexp(1.0, max(exponent, -126)), -(2 ** (bits - 1)) + 1
     else:
         scale, low = bfloat16(max(absmax / (2 ** (bits - 1) - 0.5), math.ldexp(1.0, -126))), -(2 ** (bits - 1))
-    return [min(max(round(value / scale), low), 2 ** (bits - 1) - 1) for value in group], scale
+    return [min(max(round(value / scale), low), high) for value in group], scale
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,7 +41,7 @@ def by_definition(kind, bits, group):
 def test_quantize_random_weights_equal_the_definition(kind, bits):
     W = weight(6, 24, seed=bits)
     codes, scale = make_grid(kind, bits, 8).quantize(W)
-    assert codes.dtype == torch.int8 and codes.shape == (6, 24)
+    assert codes.dtype == (torch.int16 if kind == "int-asym" else torch.int8) and codes.shape == (6, 24)
     assert scale.dtype == torch.bfloat16 and scale.shape == (6, 3)
     for row in range(6):
         for group in range(3):
@@ -55,7 +61,8 @@ def test_quantize_any_group_takes_the_nearest_point(kind, bits, values):
     grid = make_grid(kind, bits, 4)
     W = torch.tensor([values])
     codes, scale = grid.quantize(W)
-    low, high = grid.code_range
+    zero = grid.zero(codes)
+    low, high = (end - (0 if zero is None else int(zero)) for end in grid.code_range)
     points = torch.arange(low, high + 1, dtype=torch.float64) * scale.double().item()
     Q = codes.double() * scale.double()
     nearest = (W.double()[..., None] - points).abs().amin(-1)
@@ -174,7 +181,7 @@ def test_quantize_inputs_no_multiple_of_the_group_names_the_field():
         (("mxint", 1, 32), "bits: expected 2 to 8, found 1"),
         (("int", 9, 32), "bits: expected 2 to 8, found 9"),
         (("int", 4, 0), "group_size: expected a positive number or -1"),
-        (("nf4", 4, 64), "grid: expected one of mxint, int, found 'nf4'"),
+        (("nf4", 4, 64), "grid: expected one of mxint, int, int-asym, found 'nf4'"),
     ],
 )
 def test_make_grid_wrong_value_names_the_field(arguments, message):
@@ -182,6 +189,38 @@ def test_make_grid_wrong_value_names_the_field(arguments, message):
         make_grid(*arguments)
 
 
+@settings(max_examples=60, deadline=None)
+@given(bits=st.sampled_from(BITS), seed=st.integers(0, 2**31), shift=st.floats(-3.0, 3.0))
+def test_zero_points_have_the_width_of_codes_and_let_every_code_be_stored(bits, seed, shift):
+    grid = AsymmetricIntGrid(bits, 8)
+    low, high = grid.code_range
+    W = 100 * weight(5, 16, seed=seed) + shift
+    for scale, zero in grid.candidates(W):
+        codes = grid.encode(W, scale, zero)
+        assert (scale > 0).all() and torch.equal(zero, zero.round())
+        for kept in (zero, grid.zero(codes)):
+            stored = codes + kept.repeat_interleave(8, dim=-1)
+            assert low <= int(kept.min()) and int(kept.max()) <= high
+            assert low <= int(stored.min()) and int(stored.max()) <= high
+
+
+def test_zero_point_is_the_nearest_to_0_that_the_codes_allow():
+    codes = torch.tensor([[-1, 2, 0, 3], [-6, 0, -2, 1], [0, 7, 3, 2], [-4, 0, 0, 3], [0, 0, 0, 0]], dtype=torch.int16)
+    assert AsymmetricIntGrid(3, 4).zero(codes).flatten().tolist() == [0, 2, -4, 0, 0]
+    assert IntGrid(3, 4).zero(codes) is None
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_int_asym_takes_all_its_codes_where_weights_lie_on_one_side(bits):
+    W = torch.linspace(0.0, 2**bits - 1, 2001)[None]
+    for side in (1, -1):
+        codes, scale = AsymmetricIntGrid(bits, PER_CHANNEL).quantize(side * W)
+        assert sorted({side * code for code in codes.flatten().tolist()}) == list(range(2**bits))
+        assert scale.item() == 1.0
+
+
 def test_bits_per_weight_counts_codes_and_scales():
     assert make_grid("mxint", 3, 32).bits_per_weight(576) == 3.5
     assert make_grid("int", 4, PER_CHANNEL).bits_per_weight(64) == 4.25
+    assert make_grid("int-asym", 4, 32).bits_per_weight(576) == 4 + (16 + 4) / 32
+    assert make_grid("int-asym", 3, PER_CHANNEL).bits_per_weight(64) == 3 + (16 + 3) / 64

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srr_dist.errors import ConfigError
-from srr_dist.solve import IntGrid, Metric, MXIntGrid, Quantizer, SolveOptions, solve_layer
+from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, Quantizer, SolveOptions, solve_layer
 from srr_dist.solve.split import coarse_candidates, layer_seed
 from tests.solve.problems import MOMENTS, best_objective, full, moment, normal, objective, weight, with_threads
 
@@ -412,14 +412,24 @@ def test_diagonal_metric_is_never_downdated():
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 @pytest.mark.parametrize("scales", ["absmax", "search"])
-def test_stored_objective_is_exact_under_every_quantizer(scales, rounding):
-    grid = IntGrid(3, 16)
+@pytest.mark.parametrize("grid", [IntGrid(3, 16), AsymmetricIntGrid(3, 16)], ids=str)
+def test_stored_objective_is_exact_under_every_quantizer(grid, scales, rounding):
     W, H = weight(48, 64), moment("decaying", 64)
     options = replace(OPTIONS, quantizer=Quantizer(grid, scales, rounding), iterations=2, descent=1)
     solution = solve(W, H, options)
     exact = objective(W.double() - stored_weight(solution, grid), H)
     assert solution.result["objective"]["stored"] == pytest.approx(exact, rel=1e-3)
     assert solution.result["damping"] == (0.01 if rounding == "gptq" else 0.0)
+
+
+@pytest.mark.parametrize("method", ["srr", "qer", "none"])
+@pytest.mark.parametrize("rounding_metric", ["full", "downdated"])
+def test_layer_with_zero_points_is_bitwise_the_same_for_any_threads(method, rounding_metric):
+    W, H = weight(48, 64), moment("decaying", 64)
+    quantizer = Quantizer(AsymmetricIntGrid(2, 16), "search", "gptq")
+    options = SolveOptions(method, quantizer, 8, iterations=2, rounding_metric=rounding_metric)
+    first, second = (with_threads(threads, lambda: solve(W, H, options)) for threads in (1, 2))
+    assert same(first, second)
 
 
 def test_shrinkage_adds_its_share_of_the_mean_to_the_diagonal():

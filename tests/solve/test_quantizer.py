@@ -8,13 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srr_dist.solve import IntGrid, Metric, MXIntGrid, Quantizer, make_grid
+from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, Quantizer, make_grid
 from srr_dist.solve.grids import PER_CHANNEL
 from srr_dist.solve.quantizer import search_scales
 from srr_dist.solve.rounding import DAMPING, descend_codes, descend_scales, feedback_of, gptq
 from tests.solve.problems import moment, normal, objective, weight, with_threads
 
-GRIDS = [MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, 8), MXIntGrid(4, 32), IntGrid(4, PER_CHANNEL)]
+GRIDS = [
+    MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, 8), MXIntGrid(4, 32), IntGrid(4, PER_CHANNEL),
+    AsymmetricIntGrid(3, 16), AsymmetricIntGrid(2, 8), AsymmetricIntGrid(8, PER_CHANNEL),
+]  # fmt: skip
 CORRELATED = ["decaying", "singular", "massive", "wide"]
 
 
@@ -22,20 +25,28 @@ def importance(n, seed=0):
     return normal(n, seed=seed).square().add(0.01).float()
 
 
-def weighted_error(W, grid, scale, weights):
+def own(grid, W):
+    """The grid's own scales and zero points."""
+    return next(grid.candidates(W))
+
+
+def equal(first, second):
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def weighted_error(W, grid, scale, zero, weights):
     """``Σ h (w − q)²`` of every group, in float64, from the stored types."""
-    Q = grid.dequantize(grid.encode(W, scale), scale).double()
+    Q = grid.dequantize(grid.encode(W, scale, zero), scale).double()
     return ((W.double() - Q).square() * weights.double()).reshape(*scale.shape, -1).sum(-1)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_searched_scale_is_the_best_of_all_trials_in_float64(grid):
     W, weights = weight(24, 64), importance(64)
-    own, found = grid.scale(W), search_scales(W, grid, weights)
-    trials = [own, *((own.float() * factor).bfloat16() for factor in grid.trials)]
-    errors = torch.stack([weighted_error(W, grid, trial, weights) for trial in trials])
-    torch.testing.assert_close(weighted_error(W, grid, found, weights), errors.amin(0), rtol=1e-4, atol=1e-12)
-    assert (weighted_error(W, grid, found, weights).sum() < 0.99 * errors[0].sum()).item()
+    found = weighted_error(W, grid, *search_scales(W, grid, weights), weights)
+    errors = torch.stack([weighted_error(W, grid, *trial, weights) for trial in grid.candidates(W)])
+    torch.testing.assert_close(found, errors.amin(0), rtol=1e-4, atol=1e-12)
+    assert (found.sum() < 0.99 * errors[0].sum()).item()
 
 
 def test_searched_scale_follows_the_inputs_that_count():
@@ -44,36 +55,67 @@ def test_searched_scale_follows_the_inputs_that_count():
     light, heavy = torch.ones(16), torch.ones(16)
     light[3], heavy[3] = 1e-4, 1e4
     grid = IntGrid(2, 16)
-    assert search_scales(W, grid, light).abs().item() < search_scales(W, grid, heavy).abs().item()
+    assert search_scales(W, grid, light)[0].abs().item() < search_scales(W, grid, heavy)[0].abs().item()
 
 
 @pytest.mark.parametrize("side", [1.0, -1.0])
 def test_searched_scale_puts_the_longer_end_of_the_range_where_the_larger_weights_are(side):
     codes = torch.tensor([[-4.0, 3.0, -3.0, 2.0, -1.0, 0.0, 1.0, 3.0]])
     grid = IntGrid(3, 8)
-    scale = search_scales(side * codes * 0.25, grid, torch.ones(8))
+    scale, _ = search_scales(side * codes * 0.25, grid, torch.ones(8))
     assert scale.item() == side * 0.25
     assert torch.equal(grid.dequantize(grid.encode(side * codes * 0.25, scale), scale), side * codes * 0.25)
 
 
 @settings(max_examples=30, deadline=None)
-@given(m=st.integers(1, 9), groups=st.integers(1, 4), bits=st.integers(2, 8), kind=st.sampled_from(["int", "mxint"]))
+@given(
+    m=st.integers(1, 9),
+    groups=st.integers(1, 4),
+    bits=st.integers(2, 8),
+    kind=st.sampled_from(["int", "mxint", "int-asym"]),
+)
 def test_search_never_loses_to_the_grid_s_own_scale(m, groups, bits, kind):
     grid, W, weights = make_grid(kind, bits, 8), weight(m, 8 * groups, seed=m), importance(8 * groups, seed=bits)
-    found, own = (weighted_error(W, grid, s, weights) for s in (search_scales(W, grid, weights), grid.scale(W)))
-    assert (found <= own * (1 + 1e-5) + 1e-12).all()
+    found, first = (weighted_error(W, grid, *s, weights) for s in (search_scales(W, grid, weights), own(grid, W)))
+    assert (found <= first * (1 + 1e-5) + 1e-12).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(bits=st.integers(2, 8), size=st.sampled_from([4, 8, 16]), seed=st.integers(0, 2**31), shift=st.floats(-0.2, 0.2))
+def test_search_with_zero_points_never_loses_to_one_without(bits, size, seed, shift):
+    W, weights = weight(7, 32, seed=seed) + shift, importance(32, seed=seed)
+    without, having = (
+        weighted_error(W, grid, *search_scales(W, grid, weights), weights)
+        for grid in (IntGrid(bits, size), AsymmetricIntGrid(bits, size))
+    )
+    assert (having <= without * (1 + 1e-5) + 1e-12).all()
+
+
+def test_zero_points_pay_where_weights_lie_on_one_side():
+    W, weights = weight(24, 64) + 0.2, importance(64)
+    without, having = (
+        weighted_error(W, grid, *search_scales(W, grid, weights), weights).sum()
+        for grid in (IntGrid(3, 16), AsymmetricIntGrid(3, 16))
+    )
+    assert having < 0.5 * without
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_searched_scales_are_the_same_again_for_any_threads_and_rows_at_once(grid, monkeypatch):
     W, weights = weight(96, 64), importance(64)
     first = with_threads(1, lambda: search_scales(W, grid, weights))
-    assert torch.equal(first, with_threads(2, lambda: search_scales(W, grid, weights)))
+    assert equal(first, with_threads(2, lambda: search_scales(W, grid, weights)))
     monkeypatch.setattr("srr_dist.solve.quantizer._CHUNK", 64)
-    assert torch.equal(first, search_scales(W, grid, weights))
+    assert equal(first, search_scales(W, grid, weights))
 
 
-def gptq_by_definition(W, scale, grid, H):
+def bounds(grid, zero, W, scale):
+    """Smallest and largest code at every place of W, float64."""
+    zeros = (torch.zeros(scale.shape) if zero is None else zero).double()
+    return [end - zeros.repeat_interleave(W.shape[1] // scale.shape[1], dim=1) for end in grid.code_range]
+
+
+def gptq_by_definition(W, scale, zero, grid, H):
     """One input after the other with the conditional optimum of all later ones, by a solve in float64.
 
     Once the inputs ``done`` are rounded, the others' best answer to their errors is ``w − δ H_df H_ff⁻¹`` away.
@@ -81,17 +123,17 @@ def gptq_by_definition(W, scale, grid, H):
     H = H.double() / H.diagonal().double().mean()
     H = H + DAMPING * torch.eye(len(H), dtype=torch.float64)
     order = torch.argsort(H.diagonal().float(), descending=True, stable=True).tolist()
-    low, high = grid.code_range
+    low, high = bounds(grid, zero, W, scale)
     steps = scale.double().repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
     W, Q, margins = W.double(), torch.zeros_like(W, dtype=torch.float64), torch.ones(W.shape[0], dtype=torch.float64)
-    codes = torch.zeros(W.shape, dtype=torch.int8)
+    codes = torch.zeros(W.shape, dtype=grid.dtype)
     for position, j in enumerate(order):
         done, free = order[:position], order[position:]
         delta = W[:, done] - Q[:, done]
         target = W[:, j] + torch.linalg.solve(H[free][:, free], H[free][:, done] @ delta.mT)[0]
         exact = target / steps[:, j]
         margins = torch.minimum(margins, (exact - exact.floor() - 0.5).abs())
-        codes[:, j] = exact.round().clamp(low, high).to(torch.int8)
+        codes[:, j] = exact.round().clamp(low[:, j], high[:, j]).to(grid.dtype)
         Q[:, j] = (codes[:, j] * steps[:, j]).bfloat16().double()
     return codes, margins
 
@@ -101,9 +143,9 @@ def gptq_by_definition(W, scale, grid, H):
 @pytest.mark.parametrize("shape", [(24, 64), (5, 32), (7, 160)])
 def test_gptq_takes_the_codes_of_its_definition(grid, kind, shape):
     W, H = weight(*shape), moment(kind, shape[1])
-    scale = grid.scale(W)
-    codes = gptq(W, scale, grid, feedback_of(Metric.of(H).H))
-    expected, margins = gptq_by_definition(W, scale, grid, H)
+    scale, zero = own(grid, W)
+    codes = gptq(W, scale, grid, feedback_of(Metric.of(H).H), zero)
+    expected, margins = gptq_by_definition(W, scale, zero, grid, H)
     sure = margins > 1e-4  # rows in which no target lies so near to the middle of two points that float32 decides
     assert sure.any()
     assert torch.equal(codes[sure], expected[sure])
@@ -122,7 +164,7 @@ def test_factor_reproduces_the_damped_moment(kind):
     assert (D.diagonal() > 0).all()
 
 
-@pytest.mark.parametrize("grid", [MXIntGrid(3, 16), IntGrid(3, 16)], ids=str)
+@pytest.mark.parametrize("grid", [MXIntGrid(3, 16), IntGrid(3, 16), AsymmetricIntGrid(3, 16)], ids=str)
 @pytest.mark.parametrize("kind", ["decaying", "singular", "wide"])
 def test_gptq_has_less_error_than_nearest_where_inputs_are_correlated(grid, kind):
     W, metric = weight(96, 128), Metric.of(moment(kind, 128))
@@ -163,7 +205,7 @@ def test_damping_grows_until_the_moment_can_be_factored_and_is_recorded():
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (1, 128), (33, 256)])
-@pytest.mark.parametrize("grid", [MXIntGrid(3, 16), IntGrid(3, 16)], ids=str)
+@pytest.mark.parametrize("grid", [MXIntGrid(3, 16), IntGrid(3, 16), AsymmetricIntGrid(3, 16)], ids=str)
 def test_gptq_is_bitwise_the_same_again_and_for_any_threads(shape, grid):
     W, H = weight(*shape), moment("decaying", shape[1])
     quantizer = Quantizer(grid, scales="search", rounding="gptq")
@@ -177,15 +219,15 @@ def descent_by_definition(W, codes, scale, grid, H):
     """Each code in turn at its best beside all others, in float64, and how far the closest call was decided."""
     damped = Metric.of(H).H.double()
     damped = damped + DAMPING * torch.eye(len(damped), dtype=torch.float64)
-    low, high = grid.code_range
+    low, high = bounds(grid, grid.zero(codes), W, scale)
     codes, steps = codes.double(), scale.double().repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
     margins = torch.zeros_like(codes)
     for j in range(W.shape[1]):
         slope = (W.double() - (codes * steps).bfloat16().double()) @ damped[:, j]
         wanted = ((codes * steps)[:, j].bfloat16() + slope / damped[j, j]) / steps[:, j]
         margins[:, j] = (wanted - wanted.floor() - 0.5).abs()
-        codes[:, j] = wanted.round().clamp(low, high)
-    return codes.to(torch.int8), margins
+        codes[:, j] = wanted.round().clamp(low[:, j], high[:, j])
+    return codes.to(grid.dtype), margins
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -193,7 +235,7 @@ def descent_by_definition(W, codes, scale, grid, H):
 @pytest.mark.parametrize("shape", [(24, 64), (5, 32), (7, 160)])
 def test_descent_takes_the_codes_of_its_definition(grid, kind, shape):
     W, H = weight(*shape), moment(kind, shape[1])
-    start = grid.encode(W, scale := grid.scale(W))
+    start, scale = grid.quantize(W)
     codes = descend_codes(W, start, scale, grid, Metric.of(H).H)
     expected, margins = descent_by_definition(W, start, scale, grid, H)
     # Where a target lies on the edge between two codes, float32 may take the other one and the rest of its row follows.
@@ -207,7 +249,9 @@ def damped_objective(W, codes, scale, grid, metric):
     return objective(delta, metric.H.double() + DAMPING * torch.eye(W.shape[1], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("grid", [MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, PER_CHANNEL)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, PER_CHANNEL), AsymmetricIntGrid(3, 16)], ids=str
+)
 @pytest.mark.parametrize("kind", CORRELATED)
 def test_each_descent_lowers_the_error_until_nothing_moves(grid, kind):
     W, metric = weight(48, 96), Metric.of(moment(kind, 96))
@@ -249,9 +293,9 @@ def test_scale_of_a_group_of_zeros_stays():
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("grid", [IntGrid(3, 32), AsymmetricIntGrid(3, 32)], ids=str)
 @pytest.mark.parametrize("shape", [(96, 160), (1, 128), (33, 256), (1600, 640)])
-def test_descent_is_bitwise_the_same_again_and_for_any_threads(shape):
-    grid = IntGrid(3, 32)
+def test_descent_is_bitwise_the_same_again_and_for_any_threads(shape, grid):
     W, metric = weight(*shape), Metric.of(moment("decaying", shape[1]))
     quantizer, start = Quantizer(grid, scales="search", rounding="gptq"), grid.quantize(W)
     first = with_threads(1, lambda: quantizer.descend(W, metric, *start))

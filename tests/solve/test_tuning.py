@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srr_dist.solve import Metric, Quantizer, SolveOptions, TuneOptions, make_grid, remeasured, solve_layer, tune
+from srr_dist.solve import Grid, Metric, Quantizer, SolveOptions, TuneOptions, make_grid, remeasured, solve_layer, tune
 from srr_dist.solve.layer import LayerSolution, Stored
 from srr_dist.solve.tuning import LEANING, TunedLayer
 
@@ -44,12 +44,19 @@ class TwoLayers:
         return torch.nn.functional.gelu(x @ W["first"].mT) @ W["second"].mT
 
 
+def code_range(grid: Grid, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest code of each group ``[m, groups, 1]``."""
+    zero = grid.zero(codes)
+    low, high = (torch.tensor(end) - (0 if zero is None else zero.unsqueeze(-1)) for end in grid.code_range)
+    return low, high
+
+
 def solved(block: TwoLayers, method: str = "srr", grid: str = "int", rank: int = 2) -> dict[str, LayerSolution]:
     options = SolveOptions(method, Quantizer(make_grid(grid, 2, 8)), rank, split="criterion")
     return {name: solve_layer(W, Metric(torch.ones(W.shape[1])), name, options) for name, W in block.W.items()}
 
 
-@pytest.mark.parametrize("grid", ["int", "mxint"])
+@pytest.mark.parametrize("grid", ["int", "int-asym", "mxint"])
 @pytest.mark.parametrize("method", ["srr", "none"])
 def test_tuning_lowers_the_error_on_sequences_it_did_not_see(grid, method):
     block = TwoLayers()
@@ -59,17 +66,17 @@ def test_tuning_lowers_the_error_on_sequences_it_did_not_see(grid, method):
     assert found.error == block.value(weights, range(14, 16)) < 0.9 * found.error_before
     assert not {14, 15} & {sequence for batch in block.seen for sequence in batch}
     for layer in found.layers.values():
-        low, high = kind.code_range
-        assert layer.codes.dtype == torch.int8
-        assert low <= int(layer.codes.min())
-        assert int(layer.codes.max()) <= high
+        low, high = code_range(kind, layer.codes)
+        assert layer.codes.dtype == kind.dtype
+        assert (low <= kind.grouped(layer.codes)).all()
+        assert (kind.grouped(layer.codes) <= high).all()
         assert (layer.scale > 0).all()
         assert layer.L.dtype == layer.R.dtype == torch.bfloat16
 
 
 def test_scales_move_where_the_grid_has_any_value_and_stay_powers_of_two_where_not():
     block = TwoLayers()
-    for grid, moved in (("int", True), ("mxint", False)):
+    for grid, moved in (("int", True), ("int-asym", True), ("mxint", False)):
         starts = solved(block, grid=grid)
         found = tune(block.W, starts, make_grid(grid, 2, 8), block, 16, TuneOptions(20))
         assert found.step > 0
@@ -98,7 +105,7 @@ def test_same_seed_gives_the_same_bits_and_another_another_order():
     assert sorted(drawn[:14]) == list(range(14))  # every sequence once before any comes again
 
 
-@pytest.mark.parametrize("grid", ["int", "mxint"])
+@pytest.mark.parametrize("grid", ["int", "int-asym", "mxint"])
 def test_one_step_is_that_of_plain_float64(grid):
     kind, options = make_grid(grid, 3, 8), TuneOptions(10, code_travel=0.4, scale_travel=0.1, adapter_rate=0.01)
     generator = torch.Generator().manual_seed(2)
@@ -113,11 +120,11 @@ def test_one_step_is_that_of_plain_float64(grid):
     wanted = (W.double() - L.double() @ R.double()).reshape(M, -1, 8) / s[..., None]
     q = codes.double().reshape(M, -1, 8)
     latent = q + LEANING * (wanted - q).clamp(-0.5, 0.5) - 2 * 0.4 / 10 * 0.5 * G.reshape(M, -1, 8).sign()
-    if grid == "int":
+    if kind.continuous:
         s = s * torch.exp(-2 * 0.1 / 10 * 0.5 * (G.reshape(M, -1, 8) * q).sum(-1).sign())
     L1 = L.double() - 0.5 * 0.01 * L.double().square().mean().sqrt() * (G @ R.double().mT).sign()
     R1 = R.double() - 0.5 * 0.01 * R.double().square().mean().sqrt() * (L.double().mT @ G).sign()
-    low, high = kind.code_range
+    low, high = code_range(kind, codes)
     reached = latent.clamp(low - 0.5, high + 0.5).round().clamp(low, high)
     expected = (reached * s[..., None]).reshape(M, N) + L1 @ R1
     close = (layer.weight().double() - expected).abs() < 1e-4
