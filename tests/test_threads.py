@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from srr_dist.threads import one_thread, side_by_side
+from tests.solve.problems import normal, with_threads
 
 
 def test_one_thread_restores_the_count_after_an_error():
@@ -40,3 +45,20 @@ def test_threads_are_given_back_after_an_error():
     with pytest.raises(KeyError, match="3"):
         list(side_by_side(fail, [3], at_once=1))
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("shape", [(576, 1536, 32), (24, 1100, 1100), (2048, 2048, 48)])
+def test_products_with_long_sums_are_bitwise_the_same_for_any_threads(shape):
+    m, k, n = shape
+    A, B = normal(m, k).float(), normal(k, n, seed=1).float()
+    assert torch.equal(with_threads(1, lambda: A @ B), with_threads(2, lambda: A @ B))
+
+
+@pytest.mark.parametrize("given", [None, "COMPATIBLE"])
+def test_a_setting_of_the_user_s_for_products_is_left_alone(given):
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    environment |= {"MKL_CBWR": given} if given else {}
+    command = [sys.executable, "-c", "import os, srr_dist; print(os.environ.get('MKL_CBWR'))"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    assert printed == (given or ("AUTO,STRICT" if intel else "None"))
