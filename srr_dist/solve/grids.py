@@ -45,7 +45,7 @@ class Grid(ABC):
     trials: ClassVar[tuple[float, ...]]
     """Multiples of a group's scale that are worth trying in its place."""
     continuous: ClassVar[bool]
-    """Whether any positive bfloat16 is a scale, so that scales can be tuned."""
+    """Whether any bfloat16 but 0 is a scale, so that scales can be tuned."""
     symmetric: ClassVar[bool] = True
     """Whether all groups have the same codes, so that no zero points are stored."""
     dtype: ClassVar[torch.dtype] = torch.int8
