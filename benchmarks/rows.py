@@ -78,6 +78,8 @@ def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: Sequen
         recipe("SRR criterion + scales, λ, iterations", "srr", **criterion, **shrunk, **again),
         recipe("SRR criterion + scales, λ, iterations, GPTQ", "srr", **criterion, **fed, **again),
         recipe("SRR criterion + scales, λ, iterations, GPTQ, downdated", "srr", **criterion, **beyond),
+        recipe("QER-exact + scales, λ, iterations, GPTQ, downdated", "qer", **beyond),
+        recipe("SRR search + scales, λ, iterations, GPTQ, downdated", "srr", **beyond),
         recipe("QER-exact + scales, λ, iterations, GPTQ, downdated, descent", "qer", **last),
         recipe("SRR criterion + scales, λ, iterations, GPTQ, downdated, descent", "srr", **criterion, **last),
         recipe("SRR search + scales, λ, iterations, GPTQ, downdated, descent", "srr", **last),
