@@ -13,8 +13,11 @@ def _steady_products() -> None:
     third longer for it, all others no longer. On AMD's processors it does not, and the setting has no strict form.
     """
     processors = Path("/proc/cpuinfo")
-    if processors.exists() and "GenuineIntel" in processors.read_text():
-        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    if not processors.exists():
+        return
+    with processors.open() as file:
+        if "GenuineIntel" in file.read(256):  # of what may be hundreds of processors, the first
+            os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 _steady_products()

@@ -17,9 +17,9 @@ import torch
 from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline import operations
 from srr_dist.pipeline.hardware import Hardware
-from srr_dist.pipeline.memory import adapter_bytes, gib, layers_at_once
+from srr_dist.pipeline.memory import gib, layers_at_once
 from srr_dist.pipeline.operations import Work
-from srr_dist.pipeline.plan import Plan, adapter_rank, hidden_size, output_bytes
+from srr_dist.pipeline.plan import Plan, block_output_bytes, hidden_size, output_bytes
 from srr_dist.pipeline.prepare import SCAN_BYTES
 from srr_dist.pipeline.windows import Window, batches
 
@@ -194,9 +194,7 @@ class Costs:
         return operations.storing(block, self.plan.run.quantized)
 
     def _upload(self, block: Block) -> float:
-        run, rank = self.plan.run, adapter_rank(self.plan.run)
-        layers = [(linear.out_features, linear.in_features) for linear in block.linears if linear.name in run.quantized]
-        size = sum(m * n * run.grid.bits_per_weight(n) / 8 + adapter_bytes(m, n, rank) for m, n in layers)
+        size = block_output_bytes(self.plan.run, block)
         return self.of(Work(write=size, digest=size))
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 
 from srr_dist.checkpoint.graph import Block
+from srr_dist.pipeline.memory import parameters
+from srr_dist.pipeline.solving import shared_inputs
 from srr_dist.solve import Quantizer, SolveOptions
 from srr_dist.solve.lowrank import START_STEPS, block_size
 from srr_dist.solve.split import coarse_candidates, refined_candidates
@@ -225,22 +227,20 @@ def factored(n: int) -> Work:
 
 def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, full: bool) -> list[Work]:
     """What each group of a block's layers that share an input takes, in the block's order."""
-    groups: dict[str, list[LayerWork]] = {}
-    for linear in block.linears:
-        if linear.name in quantized:
-            layer = LayerWork(linear.out_features, linear.in_features, options, full)
-            groups.setdefault(linear.input, []).append(layer)
+    groups = [
+        [LayerWork(linear.out_features, linear.in_features, options, full) for linear in linears]
+        for linears in shared_inputs(block, quantized)
+    ]
     return [
         total(layer.solve() for layer in layers)
         + metric(layers[0].n, (layer.block for layer in layers if layer.rank), options, full=full)
-        for layers in groups.values()
+        for layers in groups
     ]
 
 
 def passing(block: Block, seq_len: int, hidden_size: int) -> Work:
     """One sequence through a block: its linear layers, and causal attention over it."""
-    weights = sum(linear.out_features * linear.in_features for linear in block.linears)
-    return Work(forward=2 * seq_len * weights + 2 * seq_len**2 * hidden_size)
+    return Work(forward=2 * seq_len * parameters(block) + 2 * seq_len**2 * hidden_size)
 
 
 def moments(block: Block, quantized: frozenset[str], seq_len: int, scaling: str, *, away: bool) -> Work:
@@ -260,13 +260,16 @@ def tuning(block: Block, quantized: frozenset[str], one: Work, *, rank: int, ste
     """Gradient steps on all layers of a block; ``one``: a sequence's pass, which takes twice that to go back."""
     if not steps:
         return Work()
-    layers = [linear for linear in block.linears if linear.name in quantized]
-    weights = sum(linear.out_features * linear.in_features for linear in layers)
+    weights = _weights(block, quantized)
     step = one * (3 * batch) + Work(narrow=6 * weights * rank, elementwise=weights * (_UPDATE_BYTES + 8 * batch))
     return step * steps + one * (_CHECKS * held)
 
 
 def storing(block: Block, quantized: frozenset[str]) -> Work:
     """A solved block, packed on the host; the source it was made from goes through sha256."""
-    weights = sum(linear.out_features * linear.in_features for linear in block.linears if linear.name in quantized)
-    return Work(host=weights * _PACK_BYTES, digest=block.nbytes)
+    return Work(host=_weights(block, quantized) * _PACK_BYTES, digest=block.nbytes)
+
+
+def _weights(block: Block, quantized: frozenset[str]) -> int:
+    """Of the layers that are quantized."""
+    return sum(linear.out_features * linear.in_features for linear in block.linears if linear.name in quantized)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srr_dist.checkpoint.graph import BlockGraph
+from srr_dist.checkpoint.graph import Block, BlockGraph
 from srr_dist.checkpoint.source import Checkpoint
 from srr_dist.pipeline.cluster import Cluster
 from srr_dist.pipeline.memory import Budget, Holding, Need, Workload, adapter_bytes, block_need, choose_holding, gib
@@ -140,13 +140,16 @@ def adapter_rank(run: Run) -> int:
 
 
 def output_bytes(run: Run) -> int:
-    """Bytes of the packed layers and their adapters; what else a block holds is small."""
+    """Bytes of the result; what a block holds beside its packed layers and their adapters is small."""
+    blocks = sum(block_output_bytes(run, block) for block in run.graph.blocks)
+    return int(blocks) + sum(run.checkpoint.tensors[name].nbytes for name in run.graph.rest)
+
+
+def block_output_bytes(run: Run, block: Block) -> float:
+    """Bytes of a block's packed layers and their adapters."""
     rank = adapter_rank(run)
-    total = 0.0
-    for linear in (linear for block in run.graph.blocks for linear in block.linears if linear.name in run.quantized):
-        m, n = linear.out_features, linear.in_features
-        total += m * n * run.grid.bits_per_weight(n) / 8 + adapter_bytes(m, n, rank)
-    return int(total) + sum(run.checkpoint.tensors[name].nbytes for name in run.graph.rest)
+    layers = [(linear.out_features, linear.in_features) for linear in block.linears if linear.name in run.quantized]
+    return sum(m * n * run.grid.bits_per_weight(n) / 8 + adapter_bytes(m, n, rank) for m, n in layers)
 
 
 def describe_window(window: Window) -> str:
