@@ -1,8 +1,8 @@
 """One peer's quantization of a model, run in the environment that ``peers.py`` makes for it.
 
-Every peer gets the model in float32, the same calibration tokens and the same threads, and leaves what its linear
-layers have become, dequantized: ``weights.safetensors`` by the names of the source, and ``peer.json`` with bits per
-weight, seconds and peak memory. That codes are of the width that was asked for is counted from the weights themselves.
+Every peer gets the same calibration tokens and threads, and the model in the type that suits it, and leaves what its
+linear layers have become, dequantized: ``weights.safetensors`` by the names of the source, and ``peer.json`` with bits
+per weight, seconds and peak memory. That codes are of the width that was asked for is counted from the weights.
 
     python benchmarks/peer.py auto-round --model FOLDER --tokens tokens.safetensors --bits 3 --output FOLDER
 """
@@ -84,12 +84,15 @@ def hqq(model: Any, tokenizer: Any, ids: Tensor, arguments: argparse.Namespace) 
     return model
 
 
-PEERS: dict[str, tuple[Callable[..., Any], int]] = {
-    "auto-round": (auto_round, SCALE_BITS),
-    "llm-compressor": (llm_compressor, SCALE_BITS),
-    "hqq": (hqq, 2 * SCALE_BITS),
+PEERS: dict[str, tuple[Callable[..., Any], int, torch.dtype]] = {
+    "auto-round": (auto_round, SCALE_BITS, torch.bfloat16),
+    "llm-compressor": (llm_compressor, SCALE_BITS, torch.float32),
+    "hqq": (hqq, 2 * SCALE_BITS, torch.float32),
 }
-"""By name: what quantizes, and the bits stored for each group beside its codes."""
+"""By name: what quantizes, the bits stored for each group beside its codes, and the type of the model it is given.
+
+AutoRound trains in the model's type, and bfloat16 is twice as fast on processors that multiply it.
+"""
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -118,9 +121,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    quantize, group_bits = PEERS[arguments.peer]
+    quantize, group_bits, dtype = PEERS[arguments.peer]
     ids = safetensors.torch.load_file(arguments.tokens)["ids"]
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     names = list(linears(model))
     started = time.perf_counter()

@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of calibration sequences")
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
     parser.add_argument("--only", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--folder", type=Path, required=True, help="environments, tokens and results")

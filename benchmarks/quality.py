@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from rows import Original, PeerRow, Row, SolvedRow, recipes
+from rows import USUAL_SHRINKAGE, Original, PeerRow, Row, SolvedRow, recipes
 from torch import Tensor
 
 from srr_dist.calibration import InputMoment
@@ -69,7 +69,7 @@ def calibration_ids(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Te
         checkpoint.tokenizer(),
         num_samples=arguments.num_samples,
         seq_len=arguments.seq_len,
-        seed=0,
+        seed=arguments.seed,
         vocab_size=checkpoint.config.get_text_config().vocab_size,
     ).ids
 
@@ -91,8 +91,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     decoder.drop_rest()
     chosen = {
         recipe.name: recipe
-        for bits, group_size, rank in product(arguments.bits, arguments.group_size, arguments.rank)
-        for recipe in recipes(bits, arguments.grid, group_size, rank, arguments.tune_steps)
+        for shape in product(arguments.bits, arguments.grid, arguments.group_size, arguments.rank, arguments.shrinkage)
+        for recipe in recipes(*shape, arguments.tune_steps)
         if any(re.search(pattern, recipe.name) for pattern in arguments.only)
     }
     rows: list[Row] = [SolvedRow(recipe, original) for recipe in chosen.values()]
@@ -140,12 +140,14 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of calibration sequences")
     parser.add_argument("--eval-samples", type=int, default=8, help="sequences for every figure")
     parser.add_argument("--kl-samples", type=int, default=4, help="KL over the first of them as well")
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
-    parser.add_argument("--grid", default="mxint")
+    parser.add_argument("--grid", nargs="+", default=["mxint"])
     parser.add_argument("--group-size", type=int, nargs="+", default=[32])
     parser.add_argument("--rank", type=int, nargs="+", default=[32])
+    parser.add_argument("--shrinkage", type=float, nargs="+", default=[USUAL_SHRINKAGE])
     parser.add_argument("--tune-steps", type=int, nargs="*", default=[], help="a row more for each number of steps")
     parser.add_argument("--only", nargs="*", default=[""], help="recipes whose name matches one of these expressions")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders that peer.py wrote")

@@ -31,6 +31,9 @@ from srr_dist.solve import (
     tune,
 )
 
+USUAL_SHRINKAGE = 0.1
+"""Named in a row only where it is another."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -43,8 +46,10 @@ class Recipe:
     tune_steps: int = 0
 
 
-def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: Sequence[int]) -> list[Recipe]:
-    """The ladder from weights only to the best that is known, at one bit width, group size and rank."""
+def recipes(
+    bits: int, grid: str, group_size: int, rank: int, shrinkage: float, tune_steps: Sequence[int]
+) -> list[Recipe]:
+    """The ladder from weights only to the best that is known, at one bit width, group size, rank and shrinkage."""
     base = make_grid(grid, bits, group_size)
 
     def recipe(
@@ -53,11 +58,13 @@ def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: Sequen
         quantizer = Quantizer(base, choices.pop("scales", "absmax"), choices.pop("rounding", "nearest"))
         options = SolveOptions(method, quantizer, 0 if method == "none" else rank, **choices)
         shape = f"{grid}{bits} g{group_size}" + (f" r{rank}" if options.rank else "")
+        if shrinkage not in (0.0, USUAL_SHRINKAGE):
+            name = f"{name}, λ = {shrinkage:g}"
         return Recipe(f"{shape} {name}", options, scaling, shrinkage, tuned)
 
     criterion: dict[str, Any] = {"split": "criterion"}
     searched: dict[str, Any] = {"scales": "search"}
-    shrunk: dict[str, Any] = searched | {"shrinkage": 0.1}
+    shrunk: dict[str, Any] = searched | {"shrinkage": shrinkage}
     fed: dict[str, Any] = shrunk | {"rounding": "gptq"}
     again: dict[str, Any] = {"iterations": 3}
     beyond: dict[str, Any] = fed | again | {"rounding_metric": "downdated"}

@@ -137,7 +137,7 @@ def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U
     Returns:
         Codes, of the grid's type ``[n, m]``.
     """
-    codes = torch.empty(target.shape, dtype=grid.dtype, device=target.device)
+    codes = torch.empty_like(target)
 
     def round_range(start: int, stop: int) -> None:
         if stop - start > _RANGE:
@@ -146,11 +146,14 @@ def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U
             target[middle:stop].addmm_(U[start:middle, middle:stop].mT, moved[start:middle])
             round_range(middle, stop)
             return
-        for j in range(start, stop):
-            code = grid.clamp_((target[j] / steps[j]).round_(), None if zeros is None else zeros[j])
-            codes[j] = code
-            moved[j] -= code.mul_(steps[j]).bfloat16()  # as readers will hold it
-            target[j + 1 : stop].addr_(U[j, j + 1 : stop], moved[j])
+        here = slice(start, stop)
+        # Views of all rows at once: for a few hundred outputs, taking them one by one would cost more than the sums.
+        rows = zip(*(each[here].unbind() for each in (target, steps, codes, moved, U[:, here])), strict=True)
+        shifts = [None] * (stop - start) if zeros is None else zeros[here].unbind()
+        for after, ((goal, step, code, change, U_j), zero) in enumerate(zip(rows, shifts, strict=True), 1):
+            grid.clamp_(torch.div(goal, step, out=code).round_(), zero)
+            change.sub_((code * step).bfloat16())  # as readers will hold it
+            target[start + after : stop].addr_(U_j[after:], change)
 
     round_range(0, len(target))
-    return codes
+    return codes.to(grid.dtype)
