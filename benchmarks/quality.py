@@ -21,45 +21,14 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from rows import USUAL_SHRINKAGE, Original, PeerRow, Row, SolvedRow, recipes
+from rows import USUAL_SHRINKAGE, Original, PeerRow, PrefixRow, Row, SolvedRow, calibrate, recipes
 from torch import Tensor
 
-from srr_dist.calibration import InputMoment
 from srr_dist.checkpoint.decoder import Decoder
-from srr_dist.checkpoint.graph import Block, build_graph
+from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
 from srr_dist.pipeline.comparison import compare
-from srr_dist.solve import Metric
-
-
-def calibrate(
-    decoder: Decoder, block: Block, hidden: list[Tensor], kinds: set[tuple[str, float]]
-) -> tuple[list[Tensor], dict[tuple[str, str, float], Metric]]:
-    """Pass the calibration sequences through a block; its outputs, and a metric per shared input and kind.
-
-    A kind is a scaling and a shrinkage.
-    """
-    scalings = {scaling for scaling, _ in kinds}
-    inputs = {linear.input: linear.in_features for linear in block.linears}
-    moments = {(name, scaling): InputMoment(width, scaling) for name, width in inputs.items() for scaling in scalings}
-    modules = decoder.linear_modules(block.index)
-    handles = []
-    for name in inputs:
-
-        def add(module: torch.nn.Module, args: tuple[Tensor], name: str = name) -> None:
-            for scaling in scalings:
-                moments[name, scaling].update(args[0][0])
-
-        handles.append(modules[name].register_forward_pre_hook(add))
-    out = [decoder.run_block(block.index, h) for h in hidden]
-    for handle in handles:
-        handle.remove()
-    return out, {
-        (name, scaling, shrinkage): Metric.of(moments[name, scaling].value(), shrinkage)
-        for name in inputs
-        for scaling, shrinkage in kinds
-    }
 
 
 def calibration_ids(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Tensor:
@@ -96,6 +65,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         if any(re.search(pattern, recipe.name) for pattern in arguments.only)
     }
     rows: list[Row] = [SolvedRow(recipe, original) for recipe in chosen.values()]
+    if arguments.prefix:
+        rows += [PrefixRow(recipe, original, hidden) for recipe in chosen.values()]
     rows += [PeerRow(folder, original) for folder in arguments.peers]
     kinds = {(recipe.scaling, recipe.shrinkage) for recipe in chosen.values()}
     for block in graph.blocks:
@@ -150,6 +121,7 @@ def main() -> None:
     parser.add_argument("--shrinkage", type=float, nargs="+", default=[USUAL_SHRINKAGE])
     parser.add_argument("--tune-steps", type=int, nargs="*", default=[], help="a row more for each number of steps")
     parser.add_argument("--only", nargs="*", default=[""], help="recipes whose name matches one of these expressions")
+    parser.add_argument("--prefix", action="store_true", help="each recipe once more, on inputs from quantized blocks")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders that peer.py wrote")
     parser.add_argument("--output", type=Path, help="JSON with the figures, the versions and the machine")
     arguments = parser.parse_args()

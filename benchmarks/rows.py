@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from srr_dist.calibration import InputMoment
 from srr_dist.calibration.adapted import attach_adapters
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block
@@ -106,6 +107,35 @@ class Original:
     outputs: list[Tensor]
 
 
+def calibrate(
+    decoder: Decoder, block: Block, hidden: list[Tensor], kinds: set[tuple[str, float]]
+) -> tuple[list[Tensor], dict[tuple[str, str, float], Metric]]:
+    """Pass the calibration sequences through a block; its outputs, and a metric per shared input and kind.
+
+    A kind is a scaling and a shrinkage.
+    """
+    scalings = {scaling for scaling, _ in kinds}
+    inputs = {linear.input: linear.in_features for linear in block.linears}
+    moments = {(name, scaling): InputMoment(width, scaling) for name, width in inputs.items() for scaling in scalings}
+    modules = decoder.linear_modules(block.index)
+    handles = []
+    for name in inputs:
+
+        def add(module: torch.nn.Module, args: tuple[Tensor], name: str = name) -> None:
+            for scaling in scalings:
+                moments[name, scaling].update(args[0][0])
+
+        handles.append(modules[name].register_forward_pre_hook(add))
+    out = [decoder.run_block(block.index, h) for h in hidden]
+    for handle in handles:
+        handle.remove()
+    return out, {
+        (name, scaling, shrinkage): Metric.of(moments[name, scaling].value(), shrinkage)
+        for name in inputs
+        for scaling, shrinkage in kinds
+    }
+
+
 class Row:
     """One stream of evaluation hidden states, and how far its logits are from the original's."""
 
@@ -187,6 +217,27 @@ class SolvedRow(Row):
         found = tune(W, starts, self.recipe.options.quantizer.grid, error, len(inputs), options)
         self.tuning += time.perf_counter() - started
         return found.layers
+
+
+class PrefixRow(SolvedRow):
+    """A recipe of ours whose blocks see what the quantized blocks before them put out, one after the other.
+
+    Tuning brings them to what the original puts out, so that a block also makes up for those before it.
+    """
+
+    def __init__(self, recipe: Recipe, hidden: list[Tensor], calibration: list[Tensor]) -> None:
+        super().__init__(recipe, hidden)
+        self.name += ", quantized prefix"
+        self._calibration = calibration
+
+    def load(self, decoder: Decoder, original: Original) -> None:
+        index = original.block.index
+        decoder.load_block(index, original.weights)
+        kinds = {(self.recipe.scaling, self.recipe.shrinkage)}
+        metrics = calibrate(decoder, original.block, self._calibration, kinds)[1]
+        decoder.drop_block(index)
+        super().load(decoder, replace(original, metrics=metrics, inputs=self._calibration))
+        self._calibration = [decoder.run_block(index, h) for h in self._calibration]
 
 
 class PeerRow(Row):
