@@ -52,7 +52,7 @@ def recipes(bits: int, grid: str, group_size: int, rank: int, tune_steps: Sequen
     ) -> Recipe:
         quantizer = Quantizer(base, choices.pop("scales", "absmax"), choices.pop("rounding", "nearest"))
         options = SolveOptions(method, quantizer, 0 if method == "none" else rank, **choices)
-        shape = f"{grid}{bits} g{group_size}" + (f" r{rank}" if options.rank else "")
+        shape = f"{grid if base.codebook else f'{grid}{bits}'} g{group_size}" + (f" r{rank}" if options.rank else "")
         return Recipe(f"{shape} {name}", options, scaling, shrinkage, tuned)
 
     criterion: dict[str, Any] = {"split": "criterion"}

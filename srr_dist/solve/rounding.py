@@ -109,7 +109,7 @@ def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tenso
     size = W.shape[1] // scale.shape[1]
     for group in range(scale.shape[1]):
         inputs = slice(group * size, (group + 1) * size)
-        own, old = codes[:, inputs].float(), scale[:, group]
+        own, old = grid.points(codes[:, inputs]), scale[:, group]
         curvature = (own @ H[inputs, inputs]).mul_(own).sum(-1)
         slope = (error @ H[:, inputs]).mul_(own).sum(-1)
         new = (old.float() + slope / curvature).bfloat16()  # codes of zeros give 0 / 0, which is not better
@@ -147,9 +147,9 @@ def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U
             round_range(middle, stop)
             return
         for j in range(start, stop):
-            code = grid.clamp_((target[j] / steps[j]).round_(), None if zeros is None else zeros[j])
+            code = grid.clamp_(grid.position(target[j] / steps[j]).round_(), None if zeros is None else zeros[j])
             codes[j] = code
-            moved[j] -= code.mul_(steps[j]).bfloat16()  # as readers will hold it
+            moved[j] -= grid.points(code).mul_(steps[j]).bfloat16()  # as readers will hold it
             target[j + 1 : stop].addr_(U[j, j + 1 : stop], moved[j])
 
     round_range(0, len(target))
