@@ -58,7 +58,7 @@ def recipes(
     ) -> Recipe:
         quantizer = Quantizer(base, choices.pop("scales", "absmax"), choices.pop("rounding", "nearest"))
         options = SolveOptions(method, quantizer, 0 if method == "none" else rank, **choices)
-        shape = f"{grid}{bits} g{group_size}" + (f" r{rank}" if options.rank else "")
+        shape = f"{grid if base.codebook else f'{grid}{bits}'} g{group_size}" + (f" r{rank}" if options.rank else "")
         if shrinkage not in (0.0, USUAL_SHRINKAGE):
             name = f"{name}, λ = {shrinkage:g}"
         return Recipe(f"{shape} {name}", options, scaling, shrinkage, tuned)

@@ -24,7 +24,9 @@ FORMAT_VERSION = 2
 """Raised whenever the stored bytes of a unit change for the same options."""
 
 METHODS = ("srr", "qer", "none")
-GRIDS = ("mxint", "int", "int-asym")
+GRIDS = ("mxint", "int", "int-asym", "nf4")
+NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Group sizes under the grid nf4: those that bitsandbytes reads."""
 SCALES = ("absmax", "search")
 ROUNDINGS = ("nearest", "gptq")
 ROUNDING_METRICS = ("full", "downdated")
@@ -49,7 +51,7 @@ class QuantizeConfig:
     revision: str | None = option(None, "revision of a hub checkpoint")
     method: str = option("srr", "srr: preserve, quantize, reconstruct; qer: k = 0; none: no adapter", choices=METHODS)
     grid: str = option(
-        "int", "base quantizer: power-of-two scales, bfloat16 scales, or these with zero points", choices=GRIDS
+        "int", "base quantizer: power-of-two scales, bfloat16 scales, with zero points, NormalFloat", choices=GRIDS
     )
     bits: int = option(3, "bits of a code, 2 to 8")
     group_size: int = option(64, "inputs that share a scale; -1 for one scale per output row")
@@ -91,6 +93,10 @@ class QuantizeConfig:
         _require(
             self.group_size == -1 or self.group_size >= 1, "group_size", "a positive number or -1", self.group_size
         )
+        if self.grid == "nf4":
+            _require(self.bits == 4, "bits", "4 (--bits 4) with --grid nf4", self.bits)
+            blocks = ", ".join(map(str, NF4_BLOCKS))
+            _require(self.group_size in NF4_BLOCKS, "group_size", f"{blocks} with --grid nf4", self.group_size)
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
         _require(self.descent >= 0, "descent", "0 or more", self.descent)

@@ -29,7 +29,7 @@ REFUSED = [
     ("model", 3, "a value of type str, found 3"),
     ("revision", 3, "a value of type str | None"),
     ("method", "gptq", "one of srr, qer, none, found 'gptq'"),
-    ("grid", "nf4", "one of mxint, int"),
+    ("grid", "fp4", "one of mxint, int"),
     ("bits", 1, "2 to 8, found 1"),
     ("bits", 9, "2 to 8, found 9"),
     ("bits", "3", "a value of type int, found '3'"),
@@ -87,7 +87,8 @@ ACCEPTED = [
     {"bits": 2}, {"bits": 8}, {"group_size": -1}, {"group_size": 1}, {"rank": 0, "method": "none"}, {"seed": 2**63 - 1},
     {"split": "fixed:0"}, {"split": "fixed:16"}, {"split": "energy"}, {"max_bad_rows": 0}, {"max_bad_rows": 1.0},
     {"calibration": "", "scaling": "identity"}, {"calibration": "", "method": "none"}, {"gpu_memory": "70GiB"},
-    {"revision": "main"}, {"include": r"layers\.[0-3]\."},
+    {"revision": "main"}, {"include": r"layers\.[0-3]\."}, {"grid": "nf4", "bits": 4},
+    {"grid": "nf4", "bits": 4, "group_size": 32},
 ]  # fmt: skip
 
 
@@ -107,6 +108,15 @@ def test_tuning_needs_text_and_sequences_to_hold_out():
     with pytest.raises(ConfigError, match=r"^calibration: expected text"):
         RunConfig.from_options(plain | {"tune_steps": 5})
     RunConfig.from_options(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("bits", 3, r"4 \(--bits 4\)"), ("group_size", -1, "32, 64"), ("group_size", 16, "32, 64")],
+)
+def test_normalfloat_has_four_bits_and_the_blocks_that_bitsandbytes_reads(name, value, expected):
+    with pytest.raises(ConfigError, match=rf"^{name}: expected {expected}.* with --grid nf4, found {value}"):
+        RunConfig.from_options(COMPLETE | {"grid": "nf4", "bits": 4} | {name: value})
 
 
 @pytest.mark.parametrize("name", ["iterations", "descent"])

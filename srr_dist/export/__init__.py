@@ -1,6 +1,7 @@
 """MODEL OUT: a finished model, how it is stored, described, read again and checked.
 
 packing     codes <-> the dense bit stream of compressed-tensors
+nf4         linears as bitsandbytes stores them
 base        packed linears, their configuration and shards
 adapter     L and R as a PEFT LoRA adapter of scale 1
 tensorfile  safetensors files in an object store

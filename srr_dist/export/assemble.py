@@ -21,7 +21,15 @@ import torch
 
 from srr_dist.errors import OutputError, StoreError
 from srr_dist.export.adapter import adapter_config, adapter_ranks, lora_names
-from srr_dist.export.base import INDEX_NAME, PACKED, dense_tensors, quantization_config, shard_index, shard_name
+from srr_dist.export.base import (
+    INDEX_NAME,
+    dense_tensors,
+    quantization_config,
+    quantized_linears,
+    shard_index,
+    shard_name,
+)
+from srr_dist.export.nf4 import nf4_config
 from srr_dist.export.tensorfile import TensorFile, encode_header
 from srr_dist.store.documents import encode
 from srr_dist.store.manifest import COMMIT, MANIFEST, Manifest, read_complete, write_commit
@@ -48,6 +56,7 @@ class Output:
         companions: file name -> content of what lies beside the weights, config.json among them.
         created_by: package -> version, for the manifest.
         symmetric: whether codes have no zero points.
+        codebook: name of the table that codes are looked up in, ``nf4``; None for integers.
     """
 
     block_count: int
@@ -57,6 +66,13 @@ class Output:
     companions: Mapping[str, bytes]
     created_by: Mapping[str, str]
     symmetric: bool = True
+    codebook: str | None = None
+
+    def quantization_config(self, ignore: Iterable[str]) -> dict[str, Any]:
+        """Of the base's config.json, with the modules whose matrices are stored dense."""
+        if self.codebook:
+            return nf4_config(ignore)
+        return quantization_config(self.bits, self.group_size, ignore, symmetric=self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -162,8 +178,8 @@ def _folders_of_earlier(store: ObjectStore, fingerprint: str) -> set[str]:
 def _write_base(store: ObjectStore, units: Sequence[_Unit], output: Output) -> list[FileEntry]:
     """Copy the units' shards as they are; add index, companions, and the configuration that unpacks them."""
     ignore = {"lm_head"}.union(*(_dense_matrices(unit.base) for unit in units))
-    quantization = quantization_config(output.bits, output.group_size, ignore, symmetric=output.symmetric)
-    config = json.loads(output.companions["config.json"]) | {"quantization_config": quantization}
+    quantization = {"quantization_config": output.quantization_config(ignore)}
+    config = json.loads(output.companions["config.json"]) | quantization
     names = [f"base/{shard_name(i, len(units))}" for i in range(1, len(units) + 1)]
     with ThreadPoolExecutor(STORE_THREADS) as pool:
         list(pool.map(store.copy, [unit.base.path for unit in units], names))
@@ -218,7 +234,7 @@ def _write_dense(store: ObjectStore, units: Sequence[_Unit], output: Output) -> 
 def _merged(unit: _Unit, output: Output) -> dict[str, torch.Tensor]:
     tensors = dense_tensors(unit.base.read(), output.bits)
     factors = unit.adapter.read() if unit.adapter else {}
-    for name in (entry.removesuffix(PACKED) for entry in unit.base.entries if entry.endswith(PACKED)):
+    for name in quantized_linears(unit.base.entries):
         weight = tensors[f"{name}.weight"].float()
         L, R = (factors.get(key) for key in lora_names(name))
         if L is not None and R is not None:
@@ -229,14 +245,16 @@ def _merged(unit: _Unit, output: Output) -> dict[str, torch.Tensor]:
 
 def _dense_matrices(file: TensorFile) -> list[str]:
     """Modules of a shard whose weight is stored as a plain matrix."""
-    matrices = (name for name, entry in file.entries.items() if len(entry.shape) == 2)
-    return [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+    packed = set(quantized_linears(file.entries))
+    matrices = (name for name, entry in file.entries.items() if len(entry.shape) == 2 and name.endswith(".weight"))
+    return [module for name in matrices if (module := name.removesuffix(".weight")) not in packed]
 
 
 def _chosen(layer: Mapping[str, Any], output: Output) -> dict[str, Any]:
     chosen = {key: layer[key] for key in ("k", "rank", "shape")}
     chosen |= {"bits": output.bits, "group_size": output.group_size}
-    return chosen if output.symmetric else chosen | {"symmetric": False}
+    chosen |= {} if output.symmetric else {"symmetric": False}
+    return chosen | ({"codebook": output.codebook} if output.codebook else {})
 
 
 def _index(names: Sequence[str], sizes: Sequence[Mapping[str, int]]) -> bytes:

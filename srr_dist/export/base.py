@@ -1,8 +1,9 @@
 """The base folder: packed linears, and the configuration and index that let transformers and vLLM read them.
 
-A quantized linear is stored as compressed-tensors ``pack-quantized`` does it: ``weight_packed`` (int32),
-``weight_scale`` (bfloat16), ``weight_shape`` (int64), and under a grid with zero points ``weight_zero_point`` (int32).
-Every decoder block is one shard; one more, the last, holds the tensors outside the blocks.
+A quantized linear with integer codes is stored as compressed-tensors ``pack-quantized`` does it: ``weight_packed``
+(int32), ``weight_scale`` (bfloat16), ``weight_shape`` (int64), and under a grid with zero points ``weight_zero_point``
+(int32); one of the grid ``nf4`` as in :mod:`srr_dist.export.nf4`. Every decoder block is one shard; one more, the last,
+holds the tensors outside the blocks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from srr_dist.export.nf4 import ABSMAX, STATE, TABLE, nf4_weight
 from srr_dist.export.packing import pack, packed_width, unpack
 from srr_dist.solve.grids import PER_CHANNEL, dequantize
 
@@ -53,7 +55,10 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
 
 
 def dense_tensors(tensors: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    """A shard's tensors under their original names: packed linears :func:`dequantized`, all others as they are."""
+    """A shard's tensors under their original names: packed linears :func:`dequantized`, all others as they are.
+
+    ``bits``: width of a code in packed linears of integers.
+    """
     dense = {}
     for name, tensor in tensors.items():
         if name.endswith(PACKED):
@@ -63,9 +68,16 @@ def dense_tensors(tensors: Mapping[str, torch.Tensor], bits: int) -> dict[str, t
             if module + ZERO in tensors:
                 codes = codes.to(torch.int16) - _by_input(unpack(tensors[module + ZERO].mT, bits, m).mT, codes)
             dense[module + ".weight"] = dequantized(codes, tensors[module + SCALE])
-        elif not name.endswith((SCALE, SHAPE, ZERO)):
+        elif (module := name.removesuffix(".weight")) + STATE in tensors and name != module:
+            dense[name] = nf4_weight(module, tensors)
+        elif not name.endswith((SCALE, SHAPE, ZERO, ABSMAX, TABLE, STATE)):
             dense[name] = tensor
     return dense
+
+
+def quantized_linears(tensors: Iterable[str]) -> list[str]:
+    """The linears that are stored packed, from the names of a shard's tensors."""
+    return [name.removesuffix(mark) for name in tensors for mark in (PACKED, STATE) if name.endswith(mark)]
 
 
 def _by_input(zero: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -109,14 +121,15 @@ def bits_per_weight(layers: Iterable[Mapping[str, Any]]) -> float:
     """Bits stored for codes, scales, zero points and adapters, per quantized weight; NaN if there is none.
 
     Args:
-        layers: a manifest's ``layers``: each with ``shape`` [m, n], ``bits``, ``group_size``, ``rank``, and
-            ``symmetric``, true where it is absent.
+        layers: a manifest's ``layers``: each with ``shape`` [m, n], ``bits``, ``group_size``, ``rank``,
+            ``symmetric``, true where it is absent, and ``codebook``, with which scales are float32.
     """
     stored = weights = 0
     for layer in layers:
         (m, n), bits = layer["shape"], layer["bits"]
         groups = group_count(n, layer["group_size"])
-        stored += m * (32 * packed_width(n, bits) + 16 * groups) + 16 * layer["rank"] * (m + n)
+        per_scale = 32 if layer.get("codebook") else 16
+        stored += m * (32 * packed_width(n, bits) + per_scale * groups) + 16 * layer["rank"] * (m + n)
         stored += 0 if layer.get("symmetric", True) else 32 * packed_width(m, bits) * groups
         weights += m * n
     return stored / weights if weights else math.nan

@@ -26,6 +26,7 @@ class CardFacts:
         bits: width of a code.
         group_size: inputs that share a scale; −1 for one scale per output channel.
         symmetric: whether codes have no zero points.
+        codebook: name of the table that codes are looked up in; None for integers.
         rank: largest rank of the adapters; 0 without.
         bits_per_weight: stored bits per quantized weight: codes, scales and adapters.
         base_bytes, adapter_bytes: sizes of the two folders.
@@ -45,6 +46,7 @@ class CardFacts:
     dense_bytes: int
     exports: tuple[str, ...]
     symmetric: bool = True
+    codebook: str | None = None
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -65,7 +67,7 @@ def _summary(facts: CardFacts) -> str:
     scales += "output channel" if facts.group_size == -1 else f"{facts.group_size} inputs"
     rows = [
         ("method", METHODS.get(facts.method, facts.method)),
-        ("base", f"{facts.bits}-bit codes, {scales}"),
+        ("base", f"{facts.bits}-bit {facts.codebook.upper() + ' ' if facts.codebook else ''}codes, {scales}"),
         ("adapter", f"rank {facts.rank}, bfloat16" if facts.rank else "none"),
         ("stored per quantized weight", f"{_bits(facts.bits_per_weight)} bits"),
         ("size of `base/`", size(facts.base_bytes) if "base" in facts.exports else "not exported"),
@@ -81,16 +83,18 @@ def _transformers(facts: CardFacts) -> str:
         'model = AutoModelForCausalLM.from_pretrained("base")',
         'tokenizer = AutoTokenizer.from_pretrained("base")',
     ]
-    packages = "transformers compressed-tensors"
+    packages = f"transformers {'bitsandbytes' if facts.codebook else 'compressed-tensors'}"
     if facts.rank:
         imports.insert(0, "from peft import PeftModel")
         lines.insert(1, 'model = PeftModel.from_pretrained(model, "adapter")')
         packages += " peft"
     code = "\n".join([*imports, "", *lines])
+    heading = f"## transformers\n\n`pip install {packages}`, then, in this folder:\n\n```python\n{code}\n```\n\n"
+    if facts.codebook:
+        return f"{heading}The codes stay packed: bitsandbytes expands each layer while it computes with it."
     return (
-        f"## transformers\n\n`pip install {packages}`, then, in this folder:\n\n```python\n{code}\n```\n\n"
-        f"transformers expands the weights while it loads them: they take {size(facts.dense_bytes)} of memory, as the "
-        "original's do. What is small here is the storage."
+        f"{heading}transformers expands the weights while it loads them: they take {size(facts.dense_bytes)} of "
+        "memory, as the original's do. What is small here is the storage."
     )
 
 

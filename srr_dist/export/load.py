@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
 
 from srr_dist.errors import OutputError
 from srr_dist.export.adapter import lora_names
-from srr_dist.export.base import INDEX_NAME, PACKED, dense_tensors, shard_name
+from srr_dist.export.base import INDEX_NAME, dense_tensors, quantized_linears, shard_name
 from srr_dist.export.tensorfile import TensorFile
 from srr_dist.store.manifest import Manifest, read_complete
 from srr_dist.store.objects import ObjectStore
@@ -52,7 +51,8 @@ class QuantizedModel:
         config_json = store.get(BASE_CONFIG).decode()
         shards = sorted(set(store.get_json(f"base/{INDEX_NAME}")["weight_map"].values()))
         adapter = TensorFile.open(store, ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in manifest.files else None
-        return cls(store, manifest, config_json, tuple(shards), quantized_bits(config_json), adapter)
+        (bits,) = {layer["bits"] for layer in manifest.layers.values()}
+        return cls(store, manifest, config_json, tuple(shards), bits, adapter)
 
     @property
     def block_count(self) -> int:
@@ -68,8 +68,7 @@ class QuantizedModel:
             R [r, n]), bfloat16, for the linears with an adapter; the layer computes with Q + L R.
         """
         file = TensorFile.open(self.store, f"base/{shard_name(index + 1, len(self.shards))}")
-        linears = [name.removesuffix(PACKED) for name in file.entries if name.endswith(PACKED)]
-        return dense_tensors(file.read(), self.bits), self._factors(linears)
+        return dense_tensors(file.read(), self.bits), self._factors(quantized_linears(file.entries))
 
     def rest(self) -> dict[str, torch.Tensor]:
         """The tensors outside the blocks, as stored."""
@@ -81,10 +80,3 @@ class QuantizedModel:
         adapted = [name for name in linears if lora_names(name)[0] in self.adapter.entries]
         tensors = self.adapter.read(name for linear in adapted for name in lora_names(linear))
         return {linear: (tensors[lora_names(linear)[0]], tensors[lora_names(linear)[1]]) for linear in adapted}
-
-
-def quantized_bits(config_json: str) -> int:
-    """Width of a code, from the ``quantization_config`` of a base's config.json."""
-    groups = json.loads(config_json)["quantization_config"]["config_groups"]
-    bits: int = groups["group_0"]["weights"]["num_bits"]
-    return bits

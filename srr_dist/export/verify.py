@@ -12,6 +12,7 @@ from typing import Any
 from srr_dist.errors import SrrError, StoreError
 from srr_dist.export.adapter import adapter_config, lora_names
 from srr_dist.export.base import INDEX_NAME, PACKED, SCALE, SHAPE, ZERO, group_count, shard_name
+from srr_dist.export.nf4 import ABSMAX, STATE, TABLE, nf4_shapes
 from srr_dist.export.packing import packed_width
 from srr_dist.export.tensorfile import TensorFile, decode_tensor
 from srr_dist.store.manifest import Manifest, read_complete
@@ -21,6 +22,8 @@ from srr_dist.store.records import BlockRecord, RunArea
 READ_THREADS = 4
 _REDO = "it was changed or damaged; repeat the run, which redoes"
 FOLDERS = ("base", "adapter", "dense")
+_PACKED_ONLY = (PACKED, SCALE, SHAPE, ZERO, ABSMAX, TABLE, STATE)
+"""Endings of names that only packed linears have."""
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +106,7 @@ def _tensor_problems(file: TensorFile, sha256: str) -> Iterator[str]:
         values = decode_tensor(entry, data)
         if values.is_floating_point() and (bad := int((~values.isfinite()).sum())):
             yield f"{file.path}: tensor {name}: {bad} of {values.numel()} values are NaN or infinite"
-        if name.endswith(SCALE) and (bad := int((values == 0).sum())):
+        if name.endswith((SCALE, ABSMAX)) and (bad := int((values == 0).sum())):
             yield f"{file.path}: tensor {name}: {bad} of {values.numel()} scales are zero"
     if digest.hexdigest() != sha256:
         yield _changed(file.path)
@@ -120,8 +123,9 @@ def _fit_problems(store: ObjectStore, manifest: Manifest) -> Iterator[str]:
         files = [TensorFile.open(store, path) for path in paths]
         shapes = {name: entry.shape for file in files for name, entry in file.entries.items()}
         if folder == "base":
-            packed = {name: shape for name, shape in shapes.items() if name.endswith((PACKED, SCALE, SHAPE, ZERO))}
-            yield from _shape_problems(folder, _packed_shapes(manifest.layers), packed)
+            expected = _packed_shapes(manifest.layers)
+            packed = {name: shape for name, shape in shapes.items() if name in expected or name.endswith(_PACKED_ONLY)}
+            yield from _shape_problems(folder, expected, packed)
             yield from _bits_problems(store, manifest)
         elif folder == "adapter":
             yield from _shape_problems(folder, _factor_shapes(manifest.layers), shapes)
@@ -139,6 +143,9 @@ def _packed_shapes(layers: Mapping[str, Mapping[str, Any]]) -> Shapes:
     shapes: Shapes = {}
     for name, layer in layers.items():
         (m, n), groups = layer["shape"], group_count(layer["shape"][1], layer["group_size"])
+        if layer.get("codebook"):
+            shapes |= nf4_shapes(name, m, n, layer["group_size"])
+            continue
         shapes[name + PACKED] = (m, packed_width(n, layer["bits"]))
         shapes[name + SCALE] = (m, groups)
         shapes[name + SHAPE] = (2,)
@@ -163,12 +170,20 @@ def _shape_problems(folder: str, expected: Shapes, found: Shapes) -> Iterator[st
 
 
 def _bits_problems(store: ObjectStore, manifest: Manifest) -> Iterator[str]:
-    weights = store.get_json("base/config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
+    settings = store.get_json("base/config.json")["quantization_config"]
+    codebook = settings.get("bnb_4bit_quant_type")
+    for name, layer in manifest.layers.items():
+        if (expected := layer.get("codebook")) != codebook:
+            yield f"base/config.json: codebook {codebook}, by the manifest layer {name} has {expected}"
+            return
+    if codebook:
+        return
+    weights = settings["config_groups"]["group_0"]["weights"]
     found = (weights["num_bits"], weights.get("group_size", -1), weights["symmetric"])
     for name, layer in manifest.layers.items():
-        if (expected := (layer["bits"], layer["group_size"], layer.get("symmetric", True))) != found:
+        if (wanted := (layer["bits"], layer["group_size"], layer.get("symmetric", True))) != found:
             fields = "(bits, group size, symmetric)"
-            yield f"base/config.json: {fields} {found}, by the manifest layer {name} has {expected}"
+            yield f"base/config.json: {fields} {found}, by the manifest layer {name} has {wanted}"
             return
 
 

@@ -127,6 +127,7 @@ def _facts(report: Mapping[str, Any], manifest: Manifest) -> CardFacts:
         bits=config["bits"],
         group_size=config["group_size"],
         symmetric=all(layer.get("symmetric", True) for layer in manifest.layers.values()),
+        codebook=next((layer["codebook"] for layer in manifest.layers.values() if "codebook" in layer), None),
         rank=max((layer["rank"] for layer in manifest.layers.values()), default=0),
         bits_per_weight=totals["bits_per_weight"],
         base_bytes=totals["base_bytes"],

@@ -196,6 +196,7 @@ def _output(run: Run) -> Output:
         companions=run.checkpoint.companions(),
         created_by=versions(),
         symmetric=run.grid.symmetric,
+        codebook=run.grid.codebook,
     )
 
 

@@ -22,6 +22,8 @@ STEPS = 4
 _TRIAL_BYTES = 70
 """Read and written for each weight and each scale that is tried."""
 _ENCODE_BYTES = 30
+_LOOKUP_BYTES = 130
+"""The same in addition where codes are looked up in a table."""
 _RESIDUAL_BYTES = 70
 """The same to form W − P_k, Q and W − Q and to add up an energy."""
 _FEEDBACK_BYTES = 180
@@ -169,7 +171,7 @@ class LayerWork:
     def descent(self) -> Work:
         """Codes and scales one after the other beside the adapter, and the adapter beside the codes."""
         m, n, quantizer = self.m, self.n, self.options.quantizer
-        codes = Work(products=3 * m * n * n, feedback=m * n * _FEEDBACK_BYTES, calls=n * _FEEDBACK_CALLS)
+        codes = Work(products=3 * m * n * n) + self._fed(quantizer)
         scales = Work(products=2 * m * n * n) if quantizer.scales == "search" and quantizer.grid.continuous else Work()
         approximated = self.subspace() if self.rank else self.energy()
         return self._beside() + codes + scales + Work(elementwise=m * n * _RESIDUAL_BYTES) + approximated
@@ -187,11 +189,18 @@ class LayerWork:
         m, n = self.m, self.n
         trials = len(quantizer.grid.trials) if quantizer.scales == "search" else 0
         chunks = -(-m * n // _TRIAL_CHUNK)
-        work = Work(elementwise=m * n * (_RESIDUAL_BYTES + _ENCODE_BYTES))
-        work += Work(elementwise=m * n * _TRIAL_BYTES, calls=chunks * _TRIAL_CALLS) * (trials + 1 if trials else 0)
+        lookup = _LOOKUP_BYTES if quantizer.grid.codebook else 0
+        work = Work(elementwise=m * n * (_RESIDUAL_BYTES + _ENCODE_BYTES + lookup))
+        trial = Work(elementwise=m * n * (_TRIAL_BYTES + lookup), calls=chunks * _TRIAL_CALLS)
+        work += trial * (trials + 1 if trials else 0)
         if quantizer.rounding == "gptq" and self.full:
-            work += Work(products=m * n * n, feedback=m * n * _FEEDBACK_BYTES, calls=n * _FEEDBACK_CALLS)
+            work += Work(products=m * n * n) + self._fed(quantizer)
         return work
+
+    def _fed(self, quantizer: Quantizer) -> Work:
+        """Errors going from input to input."""
+        weights, lookup = self.m * self.n, _LOOKUP_BYTES if quantizer.grid.codebook else 0
+        return Work(feedback=weights * (_FEEDBACK_BYTES + lookup), calls=self.n * _FEEDBACK_CALLS)
 
     def subspace(self) -> Work:
         """The leading directions of an ``[m, n]`` matrix in the metric, and its energy."""

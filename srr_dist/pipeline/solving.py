@@ -17,6 +17,7 @@ from srr_dist.checkpoint.graph import Block, Linear
 from srr_dist.errors import CalibrationError
 from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.base import linear_tensors
+from srr_dist.export.nf4 import nf4_tensors
 from srr_dist.pipeline.memory import layers_at_once
 from srr_dist.pipeline.run import Run
 from srr_dist.solve import Grid, LayerSolution, Metric, Stored, remeasured, solve_layer
@@ -110,7 +111,10 @@ def result_tensors(solutions: Mapping[str, Stored], grid: Grid) -> dict[str, dic
     """What solved layers add to their block's files, ``base`` and ``adapter``."""
     base, adapter = dict[str, Tensor](), dict[str, Tensor]()
     for name, solution in solutions.items():
-        zero = grid.zero(solution.codes)
-        base |= linear_tensors(name, solution.codes, solution.scale, grid.bits, zero)
+        codes, scale = solution.codes, solution.scale
+        if grid.codebook:
+            base |= nf4_tensors(name, codes, scale)
+        else:
+            base |= linear_tensors(name, codes, scale, grid.bits, grid.zero(codes))
         adapter |= adapter_tensors(name, solution.L, solution.R)
     return {"base": base, "adapter": adapter}

@@ -6,7 +6,7 @@ Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m,
 ``E‖x Δᵀ‖² = tr(Δ H Δᵀ) = ‖Δ S‖²_F``, called the objective.
 """
 
-from srr_dist.solve.grids import AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, make_grid
+from srr_dist.solve.grids import AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, NF4Grid, make_grid
 from srr_dist.solve.layer import LayerSolution, Stored, remeasured, solve_layer
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.problem import SolveOptions
@@ -22,6 +22,7 @@ __all__ = [
     "LayerSolution",
     "MXIntGrid",
     "Metric",
+    "NF4Grid",
     "Quantizer",
     "SolveOptions",
     "Stored",

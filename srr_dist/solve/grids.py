@@ -1,9 +1,10 @@
 """Grids: which values a quantized weight may take, and how they are coded.
 
 A grid turns ``W: [..., m, n]`` into integer ``codes`` of the same shape and one ``scale`` per group of
-``group_size`` neighbouring inputs, so that ``Q = codes · scale``. Every scale is a bfloat16 value, because that is
-what the checkpoint stores. Under a grid with zero points, codes are what is left when the group's zero point is taken
-from the stored ones: products stay what they are, and only the range that codes may take differs between groups.
+``group_size`` neighbouring inputs, so that ``Q = points(codes) · scale``; a code's point is the code itself unless the
+grid has a table. Every scale is a bfloat16 value, because that is what the checkpoint stores. Under a grid with zero
+points, codes are what is left when the group's zero point is taken from the stored ones: products stay what they are,
+and only the range that codes may take differs between groups.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from srr_dist.config import NF4_BLOCKS
 from srr_dist.errors import ConfigError
+from srr_dist.solve import normalfloat
 
 PER_CHANNEL = -1
 """A ``group_size`` of −1 stands for one group per output row."""
@@ -32,7 +35,7 @@ _SHARES = tuple(1.0 - step / 10 for step in range(6))
 
 @dataclass(frozen=True)
 class Grid(ABC):
-    """Integer codes times a scale per group.
+    """Integer codes, or the values they stand for, times a scale per group.
 
     Attributes:
         bits: width of a code, 2 to 8.
@@ -50,6 +53,8 @@ class Grid(ABC):
     """Whether all groups have the same codes, so that no zero points are stored."""
     dtype: ClassVar[torch.dtype] = torch.int8
     """Of codes."""
+    codebook: ClassVar[str | None] = None
+    """Name of the table in which codes are looked up."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -94,6 +99,14 @@ class Grid(ABC):
         """Zero points to store with ``codes: [..., m, n]``: None, or ``[..., m, groups]`` of the same type."""
         return None
 
+    def points(self, codes: Tensor) -> Tensor:
+        """What codes stand for under a scale of 1: float32, of their shape."""
+        return codes.float()
+
+    def position(self, numbers: Tensor) -> Tensor:
+        """Where among the codes numbers (float32, in units of the scale) lie; halfway between points at one half."""
+        return numbers
+
     def clamp_(self, codes: Tensor, zero: Tensor | None, margin: float = 0.0) -> Tensor:
         """Bring codes (float32, overwritten) into the range that zero points leave them, widened by a margin.
 
@@ -107,7 +120,7 @@ class Grid(ABC):
 
     def encode(self, W: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """Codes of the nearest points under given scales and zero points: ``dtype``, of W's shape."""
-        codes = self.clamp_(torch.round(self.grouped(W) / scale.float().unsqueeze(-1)), zero)
+        codes = self.clamp_(self.position(self.grouped(W) / scale.float().unsqueeze(-1)).round_(), zero)
         return codes.to(self.dtype).reshape(W.shape)
 
     def quantize(self, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +134,7 @@ class Grid(ABC):
 
     def dequantize(self, codes: Tensor, scale: Tensor) -> Tensor:
         """``Q: [..., m, n]`` in float32, exactly as readers of the checkpoint will hold it."""
-        return dequantize(codes, scale, torch.bfloat16).float()
+        return dequantize(self.points(codes), scale, torch.bfloat16).float()
 
     def grouped(self, W: Tensor) -> Tensor:
         """W by groups, ``[..., m, groups, group_size]``; ConfigError if its rows are no whole number of them."""
@@ -134,13 +147,13 @@ class Grid(ABC):
         return W.reshape(*W.shape[:-1], -1, n if self.group_size == PER_CHANNEL else self.group_size)
 
 
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``codes · scale`` in ``dtype``: the product of codes ``[..., m, n]`` and bfloat16 ``[..., m, groups]``.
+def dequantize(points: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``points · scale`` in ``dtype``: the product of points ``[..., m, n]`` and bfloat16 ``[..., m, groups]``.
 
-    The product is exact in float32 (8 + 8 significant bits) and rounded once to ``dtype``.
+    It is taken in float32, where it is exact for integer codes (8 + 8 significant bits), and rounded to ``dtype``.
     """
-    groups = codes.float().reshape(*scale.shape, -1)
-    return (groups * scale.float().unsqueeze(-1)).reshape(codes.shape).to(dtype)
+    groups = points.float().reshape(*scale.shape, -1)
+    return (groups * scale.float().unsqueeze(-1)).reshape(points.shape).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -235,7 +248,49 @@ class AsymmetricIntGrid(IntGrid):
         return scale, (low - torch.round(bottom / scale.float())).clamp_(low, high)
 
 
-_GRIDS: dict[str, type[Grid]] = {grid.name: grid for grid in (MXIntGrid, IntGrid, AsymmetricIntGrid)}
+@dataclass(frozen=True)
+class NF4Grid(Grid):
+    """NormalFloat: codes of 4 bits in a table of values between −1 and 1, times the largest magnitude of a block.
+
+    Blocks are of the sizes that bitsandbytes reads. A search may take a negative scale, which gives the side with more
+    values to the negative weights, and one beyond the largest magnitude. Source: QLoRA, arXiv 2305.14314.
+    """
+
+    name: ClassVar[str] = "nf4"
+    trials: ClassVar[tuple[float, ...]] = (-1.0, *(s * n / 32 for n in range(22, 39) if n != 32 for s in (1, -1)))
+    continuous: ClassVar[bool] = True
+    codebook: ClassVar[str | None] = "nf4"
+
+    def __post_init__(self) -> None:
+        if self.bits != 4:
+            raise ConfigError(f"bits: nf4 has 4, found {self.bits}; choose --bits 4 or another --grid")
+        if self.group_size not in NF4_BLOCKS:
+            sizes = ", ".join(map(str, NF4_BLOCKS))
+            raise ConfigError(f"group_size: nf4 has blocks of {sizes}, found {self.group_size}; choose one of them")
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Positions in the table."""
+        return 0, len(normalfloat.VALUES) - 1
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits per weight: the codes and their scales, which bitsandbytes keeps in float32."""
+        return self.bits + 32 / self.group_size
+
+    def points(self, codes: Tensor) -> Tensor:
+        """Values of the table."""
+        return normalfloat.values(codes)
+
+    def position(self, numbers: Tensor) -> Tensor:
+        """Codes and what lies between them."""
+        return normalfloat.position(numbers)
+
+    def _scale(self, absmax: Tensor) -> Tensor:
+        # Of a group of zeros a number of which every part that is tried is normal.
+        return absmax.clamp_min(math.ldexp(1.0, _MIN_EXPONENT + 2))
+
+
+_GRIDS: dict[str, type[Grid]] = {grid.name: grid for grid in (MXIntGrid, IntGrid, AsymmetricIntGrid, NF4Grid)}
 
 
 def make_grid(name: str, bits: int, group_size: int) -> Grid:

@@ -82,7 +82,8 @@ def _search_rows(W: Tensor, grid: Grid, weights: Tensor) -> tuple[Tensor, Tensor
 
     def error(scale: Tensor, zero: Tensor | None) -> Tensor:
         step = scale.float().unsqueeze(-1)
-        Q = grid.clamp_(torch.round(groups / step), zero).mul_(step).bfloat16()  # as readers will hold it
+        codes = grid.clamp_(grid.position(groups / step).round_(), zero)
+        Q = grid.points(codes).mul_(step).bfloat16()  # as readers will hold it
         return (groups - Q).square_().mul_(h).sum(-1)
 
     candidates = grid.candidates(W)

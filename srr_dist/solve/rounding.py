@@ -109,7 +109,7 @@ def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tenso
     size = W.shape[1] // scale.shape[1]
     for group in range(scale.shape[1]):
         inputs = slice(group * size, (group + 1) * size)
-        own, old = codes[:, inputs].float(), scale[:, group]
+        own, old = grid.points(codes[:, inputs]), scale[:, group]
         curvature = (own @ H[inputs, inputs]).mul_(own).sum(-1)
         slope = (error @ H[:, inputs]).mul_(own).sum(-1)
         new = (old.float() + slope / curvature).bfloat16()  # codes of zeros give 0 / 0, which is not better
@@ -151,8 +151,8 @@ def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U
         rows = zip(*(each[here].unbind() for each in (target, steps, codes, moved, U[:, here])), strict=True)
         shifts = [None] * (stop - start) if zeros is None else zeros[here].unbind()
         for after, ((goal, step, code, change, U_j), zero) in enumerate(zip(rows, shifts, strict=True), 1):
-            grid.clamp_(torch.div(goal, step, out=code).round_(), zero)
-            change.sub_((code * step).bfloat16())  # as readers will hold it
+            grid.clamp_(torch.round(grid.position(goal / step), out=code), zero)
+            change.sub_((grid.points(code) * step).bfloat16())  # as readers will hold it
             target[start + after : stop].addr_(U_j[after:], change)
 
     round_range(0, len(target))

@@ -85,7 +85,7 @@ class TunedLayer:
         self._L, self._R = start.L.float(), start.R.float()
         self._growth, self._zero = torch.zeros_like(self._start), grid.zero(start.codes)
         codes = grid.grouped(start.codes.float())
-        wanted = grid.grouped(W.float() - self._L @ self._R) / self._start.unsqueeze(-1)
+        wanted = grid.position(grid.grouped(W.float() - self._L @ self._R) / self._start.unsqueeze(-1))
         self._latent = codes + LEANING * (wanted - codes).clamp_(-0.5, 0.5)
         # A mean rate of half the first, over all steps.
         rates = [(self._latent, 2.0 * options.code_travel / options.steps)]
@@ -104,14 +104,15 @@ class TunedLayer:
 
     def weight(self) -> Tensor:
         """``Q + L R`` with scales and factors as they are: where gradients are taken."""
-        Q = self._codes().mul_(self._scale().unsqueeze(-1)).reshape(len(self._L), -1)
+        Q = self._points().mul_(self._scale().unsqueeze(-1)).reshape(len(self._L), -1)
         return Q.addmm_(self._L, self._R)
 
     def step(self, gradient: Tensor, share: float) -> None:
         """Move against the gradient by the weight, ``[m, n]``, at this share of the first step's rates."""
         by_value, scale = self._grid.grouped(gradient), self._scale()
         if self._grid.continuous:
-            self._growth.grad = (by_value * self._codes()).sum(-1).mul_(scale)
+            self._growth.grad = (by_value * self._points()).sum(-1).mul_(scale)
+        # How far apart points are is left out where they differ: Adam divides by it again.
         self._latent.grad = by_value * scale.unsqueeze(-1)
         with one_thread():
             self._L.grad, self._R.grad = gradient @ self._R.mT, self._L.mT @ gradient
@@ -125,6 +126,9 @@ class TunedLayer:
 
     def _codes(self) -> Tensor:
         return self._grid.clamp_(self._latent.round(), self._zero)
+
+    def _points(self) -> Tensor:
+        return self._grid.points(self._codes())
 
     def _scale(self) -> Tensor:
         return self._start * self._growth.exp()

@@ -14,6 +14,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.assemble import Output
 from srr_dist.export.base import linear_tensors
+from srr_dist.export.nf4 import nf4_tensors
 from srr_dist.store.objects import ObjectStore
 from srr_dist.store.records import REST, BlockRecord, RunArea
 
@@ -51,6 +52,7 @@ class Recipe:
     power_of_two: bool = True
     rank: Callable[[str], int | None] = lambda name: 4
     symmetric: bool = True
+    codebook: str | None = None
 
 
 def llama_config(**options: object) -> PreTrainedConfig:
@@ -63,6 +65,8 @@ def random_linear(weight: torch.Tensor, rank: int, recipe: Recipe) -> Linear:
     m, n = weight.shape
     limit = 1 << recipe.bits - 1
     codes = torch.randint(-limit, limit, (m, n), dtype=torch.int8)
+    if recipe.codebook:
+        codes += limit
     scale = torch.rand(m, 1 if recipe.group_size == -1 else n // recipe.group_size) / 50 + 1e-3
     if recipe.power_of_two:
         scale = torch.exp2(scale.log2().floor())
@@ -87,7 +91,14 @@ def commit_run(
     config.architectures = [type(model).__name__]
     companions = {"config.json": config.to_json_string(use_diff=False).encode(), "tokenizer_config.json": b"{}\n"}
     output = Output(
-        len(blocks), recipe.bits, recipe.group_size, config.dtype, companions, {"srr_dist": "0"}, recipe.symmetric
+        len(blocks),
+        recipe.bits,
+        recipe.group_size,
+        config.dtype,
+        companions,
+        {"srr_dist": "0"},
+        recipe.symmetric,
+        recipe.codebook,
     )
     run = CommittedRun(store, output, model)
     area = RunArea(store, FINGERPRINT)
@@ -103,7 +114,10 @@ def commit_run(
             if not isinstance(module, torch.nn.Linear) or (rank := recipe.rank(name)) is None:
                 continue
             linear = run.linears[name] = random_linear(base.pop(f"{name}.weight"), rank, recipe)
-            base |= linear_tensors(name, linear.codes, linear.scale, recipe.bits, linear.zero)
+            if recipe.codebook:
+                base |= nf4_tensors(name, linear.codes, linear.scale)
+            else:
+                base |= linear_tensors(name, linear.codes, linear.scale, recipe.bits, linear.zero)
             adapter |= adapter_tensors(name, linear.L, linear.R)
             shape, values = list(linear.codes.shape), [1 / (i + 1) for i in range(rank)]
             layers.append({"name": name, "shape": shape, "k": rank // 2, "rank": rank, "singular_values": values})

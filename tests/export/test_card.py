@@ -37,6 +37,13 @@ def test_card_states_what_a_group_shares():
         assert stated in model_card(dataclasses.replace(FACTS, symmetric=symmetric, group_size=group_size))
 
 
+def test_card_of_codes_in_a_table_names_it_and_who_reads_it():
+    card = model_card(dataclasses.replace(FACTS, bits=4, group_size=64, codebook="nf4"))
+    assert "4-bit NF4 codes, a scale per 64 inputs" in card
+    assert "`pip install transformers bitsandbytes peft`" in card
+    assert "stay packed" in card and "compressed-tensors" not in card and "expands the weights" not in card
+
+
 def test_card_loading_code_is_python():
     code = model_card(FACTS).split("```python\n")[1].split("```")[0]
     compile(code, "README.md", "exec")

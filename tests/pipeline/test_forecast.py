@@ -100,6 +100,15 @@ def test_each_descent_costs_products_and_calls_for_each_input(grid, products):
     assert len(set(diagonal)) == 1
 
 
+def test_looking_codes_up_costs_bytes_wherever_codes_are_taken():
+    table, integers = (Quantizer(make_grid(grid, 4, 32), "absmax", "gptq") for grid in ("nf4", "int"))
+    more, less = (LayerWork(10, 64, replace(OPTIONS, quantizer=q), full=True) for q in (table, integers))
+    assert more.rounding(table).elementwise > less.rounding(integers).elementwise
+    assert more.rounding(table).feedback > less.rounding(integers).feedback
+    assert more.descent().feedback > less.descent().feedback
+    assert more.descent().products == less.descent().products
+
+
 def test_each_iteration_beyond_the_adapter_factors_a_moment():
     once, thrice = (
         LayerWork(64, 32, replace(OPTIONS, iterations=n, rounding_metric="downdated"), full=True).solve().cholesky

@@ -38,6 +38,7 @@ CHANGES: list[dict[str, Any]] = [
     {"method": "none"},
     {"grid": "mxint"},
     {"grid": "int-asym"},
+    {"grid": "nf4", "bits": 4},
     {"bits": 2},
     {"bits": 4},
     {"bits": 8},
@@ -155,6 +156,17 @@ def test_another_model_or_text_changes_fingerprint_and_bytes(solver, tmp_path):
         changed = solver.solve(**change)
         assert changed.fingerprint != solver.default.fingerprint
         assert changed.contents != solver.default.contents
+
+
+def test_normalfloat_differs_from_integers_of_its_width_and_is_named_with_what_is_left_out(solver):
+    solved = solver.solve(grid="nf4", bits=4, exclude="q_proj")
+    assert solved.contents != solver.solve(bits=4, exclude="q_proj").contents
+    quantization = solved.area.store.get_json("base/config.json")["quantization_config"]
+    left = {"lm_head", "model.embed_tokens", "model.layers.0.self_attn.q_proj"}
+    assert set(quantization["llm_int8_skip_modules"]) == left
+    assert "4-bit NF4 codes, a scale per 64 inputs" in solved.area.store.get("README.md").decode()
+    totals = solved.area.store.get_json("report.json")["totals"]
+    assert (totals["bits_codes"], totals["bits_scales"]) == (4, 0.5)
 
 
 def test_method_none_makes_no_adapter(solver):

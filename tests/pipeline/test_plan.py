@@ -138,6 +138,12 @@ def test_output_bytes_count_zero_points(model, text):
     assert having - without == 6 * weights // 32 * 4 // 8
 
 
+def test_output_bytes_count_float32_scales(model, text):
+    nf4, integers = (output_bytes(make_run(model, text, bits=4, group_size=32, grid=grid)) for grid in ("nf4", "int"))
+    weights = 3 * 64 * 128 + 2 * 64 * 64 + 2 * 32 * 64
+    assert nf4 - integers == 6 * weights // 32 * 2
+
+
 def test_boundary_traffic_is_counted_between_windows(model, text):
     run = make_run(model, text)
     assert plan(run, blocks_per_stage=2).traffic()["boundaries written and read"] == 2 * 8 * 32 * 64 * 4

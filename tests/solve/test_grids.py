@@ -181,7 +181,7 @@ def test_quantize_inputs_no_multiple_of_the_group_names_the_field():
         (("mxint", 1, 32), "bits: expected 2 to 8, found 1"),
         (("int", 9, 32), "bits: expected 2 to 8, found 9"),
         (("int", 4, 0), "group_size: expected a positive number or -1"),
-        (("nf4", 4, 64), "grid: expected one of mxint, int, int-asym, found 'nf4'"),
+        (("fp4", 4, 64), "grid: expected one of mxint, int, int-asym, nf4, found 'fp4'"),
     ],
 )
 def test_make_grid_wrong_value_names_the_field(arguments, message):

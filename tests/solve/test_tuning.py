@@ -18,9 +18,10 @@ M, N, TOKENS = 24, 32, 40
 class TwoLayers:
     """A block ``y = gelu(x W₁ᵀ) W₂ᵀ`` and its mean squared error over sequences of random tokens."""
 
-    def __init__(self, sequences: int = 16) -> None:
+    def __init__(self, sequences: int = 16, width: int = M) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.W = {"first": torch.randn(M, N, generator=generator), "second": torch.randn(N, M, generator=generator)}
+        shapes = {"first": (width, N), "second": (N, width)}
+        self.W = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
         self.x = torch.randn(sequences, TOKENS, N, generator=generator)
         self.y = self._run(self.W, self.x)
         self.seen: list[list[int]] = []
@@ -74,6 +75,19 @@ def test_tuning_lowers_the_error_on_sequences_it_did_not_see(grid, method):
         assert layer.L.dtype == layer.R.dtype == torch.bfloat16
 
 
+def test_tuning_in_a_table_lowers_the_error_and_moves_codes_and_scales():
+    block, kind = TwoLayers(width=64), make_grid("nf4", 4, 32)
+    options = SolveOptions("none", Quantizer(kind), 0)
+    starts = {name: solve_layer(W, Metric(torch.ones(W.shape[1])), name, options) for name, W in block.W.items()}
+    found = tune(block.W, starts, kind, block, 16, TuneOptions(60))
+    weights = {name: layer.weight(kind) for name, layer in found.layers.items()}
+    assert found.error == block.value(weights, range(14, 16)) < 0.9 * found.error_before
+    for name, layer in found.layers.items():
+        assert int(layer.codes.min()) >= 0 and int(layer.codes.max()) <= 15
+        assert not torch.equal(layer.codes, starts[name].codes)
+        assert not torch.equal(layer.scale, starts[name].scale)
+
+
 def test_scales_move_where_the_grid_has_any_value_and_stay_powers_of_two_where_not():
     block = TwoLayers()
     for grid, moved in (("int", True), ("int-asym", True), ("mxint", False)):
@@ -105,9 +119,10 @@ def test_same_seed_gives_the_same_bits_and_another_another_order():
     assert sorted(drawn[:14]) == list(range(14))  # every sequence once before any comes again
 
 
-@pytest.mark.parametrize("grid", ["int", "int-asym", "mxint"])
+@pytest.mark.parametrize("grid", ["int", "int-asym", "mxint", "nf4"])
 def test_one_step_is_that_of_plain_float64(grid):
-    kind, options = make_grid(grid, 3, 8), TuneOptions(10, code_travel=0.4, scale_travel=0.1, adapter_rate=0.01)
+    kind = make_grid(grid, 4, 32) if grid == "nf4" else make_grid(grid, 3, 8)
+    options, size = TuneOptions(10, code_travel=0.4, scale_travel=0.1, adapter_rate=0.01), kind.group_size
     generator = torch.Generator().manual_seed(2)
     W, gradient = torch.randn(M, N, generator=generator), torch.randn(M, N, generator=generator)
     L, R = torch.randn(M, 3, generator=generator).bfloat16(), torch.randn(3, N, generator=generator).bfloat16()
@@ -117,16 +132,16 @@ def test_one_step_is_that_of_plain_float64(grid):
 
     # Adam's first step is its rate in the direction of the sign.
     G, s = gradient.double(), scale.double()
-    wanted = (W.double() - L.double() @ R.double()).reshape(M, -1, 8) / s[..., None]
-    q = codes.double().reshape(M, -1, 8)
-    latent = q + LEANING * (wanted - q).clamp(-0.5, 0.5) - 2 * 0.4 / 10 * 0.5 * G.reshape(M, -1, 8).sign()
+    target = (W.double() - L.double() @ R.double()).reshape(M, -1, size) / s[..., None]
+    wanted, q = kind.position(target.float()).double(), codes.double().reshape(M, -1, size)
+    latent = q + LEANING * (wanted - q).clamp(-0.5, 0.5) - 2 * 0.4 / 10 * 0.5 * G.reshape(M, -1, size).sign()
     if kind.continuous:
-        s = s * torch.exp(-2 * 0.1 / 10 * 0.5 * (G.reshape(M, -1, 8) * q).sum(-1).sign())
+        s = s * torch.exp(-2 * 0.1 / 10 * 0.5 * (G.reshape(M, -1, size) * kind.points(q)).sum(-1).sign())
     L1 = L.double() - 0.5 * 0.01 * L.double().square().mean().sqrt() * (G @ R.double().mT).sign()
     R1 = R.double() - 0.5 * 0.01 * R.double().square().mean().sqrt() * (L.double().mT @ G).sign()
     low, high = code_range(kind, codes)
     reached = latent.clamp(low - 0.5, high + 0.5).round().clamp(low, high)
-    expected = (reached * s[..., None]).reshape(M, N) + L1 @ R1
+    expected = (kind.points(reached) * s[..., None]).reshape(M, N) + L1 @ R1
     close = (layer.weight().double() - expected).abs() < 1e-4
     assert close.double().mean() > 0.999  # a latent value that lies half way may be rounded either way
     assert torch.equal(layer.stored().L, L1.float().bfloat16())
