@@ -7,7 +7,8 @@ layer, so that the error of its weight is ``tr(H_O Δ H_I Δᵀ)`` (YAQA, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ def sketch_sides(kind: str, m: int, n: int) -> dict[str, tuple[int, str]]:
 
 
 def sketch_bytes(kind: str, m: int, n: int) -> int:
-    """Memory of one sketch's sums, in bytes."""
-    return sum(moment_bytes(width, scaling) for width, scaling in sketch_sides(kind, m, n).values())
+    """Memory of one sketch, in bytes: its sums, and in float32 the side that rounds of A weight the other by."""
+    sums = sum(moment_bytes(width, scaling) for width, scaling in sketch_sides(kind, m, n).values())
+    return sums + (4 * max(m, n) ** 2 if kind.startswith("A:") else 0)
 
 
 def sketch_passes(kind: str) -> int:
@@ -86,7 +88,7 @@ class Sketch:
 
         Since any token reaches all others, one with NaN or Inf leaves its whole sequence out, which is counted.
         """
-        if not finite(x, g):
+        if not _finite(x, g):
             for side in self._summed():
                 self.sides[side].excluded += len(x)
         elif self.kind == "B":
@@ -157,20 +159,37 @@ class HeldOut:
         kept: per sequence ``(G_s,)`` or ``(X, g)``.
     """
 
-    def __init__(self, kept: list[tuple[Tensor, ...]] | None = None) -> None:
-        self.kept = kept or []
+    def __init__(self, kept: Iterable[tuple[Tensor, ...]] = ()) -> None:
+        self.kept = list(kept)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> HeldOut:
+        """What ``tensors`` once gave."""
+        return cls(zip(*tensors.values(), strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept of S sequences: ``G: [S, m, n]``, or ``X: [S, T, n]`` and ``g: [S, T, m]``."""
+        parts = [torch.stack(part) for part in zip(*self.kept, strict=True)]
+        return dict(zip(("G",) if len(parts) == 1 else ("X", "g"), parts, strict=True))
 
     def keep(self, x: Tensor, g: Tensor) -> None:
-        """Keep one sequence, ``x: [T, n]`` and ``g: [T, m]``, unless it holds NaN or Inf."""
-        if finite(x, g):
-            whole = g.shape[1] * x.shape[1] <= x.numel() + g.numel()
-            parts = (gram(g, x),) if whole else (x, g)
-            self.kept.append(tuple(part.to("cpu", torch.bfloat16, copy=True) for part in parts))
+        """Keep one sequence, ``x: [T, n]`` and ``g: [T, m]``."""
+        parts = (gram(g, x),) if _gradient_is_smaller(len(x), g.shape[1], x.shape[1]) else (x, g)
+        self.kept.append(tuple(part.to("cpu", torch.bfloat16, copy=True) for part in parts))
 
     def second_order(self, error: Tensor) -> float:
-        """``mean_s ⟨Δ, G_s⟩²`` of ``error`` Δ ``[m, n]``: twice the KL of a sequence, to second order."""
+        """``mean_s ⟨Δ, G_s⟩²`` of ``error`` Δ ``[m, n]``: twice the KL of a sequence, to second order.
+
+        Sequences with NaN or Inf do not count; NaN if none is left.
+        """
         products = [_inner_product(error.float(), *(part.to(error.device) for part in parts)) for parts in self.kept]
-        return sum(product**2 for product in products) / len(products)
+        squares = [product**2 for product in products if math.isfinite(product)]
+        return sum(squares) / len(squares) if squares else math.nan
+
+
+def held_out_bytes(tokens: int, m: int, n: int) -> int:
+    """Memory of one sequence that is held out, in bytes."""
+    return 2 * (m * n if _gradient_is_smaller(tokens, m, n) else tokens * (m + n))
 
 
 def gradient_is_cheaper(tokens: int, m: int, n: int) -> bool:
@@ -180,8 +199,11 @@ def gradient_is_cheaper(tokens: int, m: int, n: int) -> bool:
     return through_gradient <= through_tokens
 
 
-def finite(x: Tensor, g: Tensor) -> bool:
-    """Whether neither NaN nor Inf is anywhere in them."""
+def _gradient_is_smaller(tokens: int, m: int, n: int) -> bool:
+    return m * n <= tokens * (m + n)
+
+
+def _finite(x: Tensor, g: Tensor) -> bool:
     return bool(torch.isfinite(x.sum(dtype=torch.float32) + g.sum(dtype=torch.float32)))
 
 

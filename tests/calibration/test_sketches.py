@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from srr_dist.calibration.sketches import (
     HeldOut,
     Sketch,
     gradient_is_cheaper,
+    held_out_bytes,
     sketch_bytes,
     sketch_passes,
 )
@@ -133,9 +136,15 @@ def test_sequence_that_is_not_finite_is_left_out_whole_and_counted(kind, spoiled
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sketch_bytes_is_the_size_of_the_sums(kind):
-    sides = Sketch(kind, 12, 20).sides.values()
-    assert sketch_bytes(kind, 12, 20) == sum(side.total.numel() * side.total.element_size() for side in sides)
+def test_sketch_bytes_is_the_size_of_the_sums_and_of_a_weight(kind):
+    sketch = Sketch(kind, 12, 20)
+    sums = sum(side.total.nbytes for side in sketch.sides.values())
+    for x, g in pairs(TALL, count=1):
+        sketch.update(x, g)
+        sketch.turn()
+    weight = sketch._weight.nbytes if sketch._weight is not None else 0
+    assert sketch_bytes(kind, 12, 20) == sums + weight
+    assert bool(weight) == kind.startswith("A:")
 
 
 def distance(kind: str, data: list[Pair]) -> float:
@@ -169,24 +178,39 @@ def test_sketch_b_of_independent_factors_finds_both():
         assert float((found / found.norm() - expected / expected.norm()).norm()) < 0.05
 
 
-@pytest.mark.parametrize(("shape", "parts"), [(TALL, 1), (WIDE, 2)], ids=str)
-def test_held_out_gradients_measure_an_error_as_float64_does(shape, parts):
-    data = pairs(shape)
-    held, error = HeldOut(), torch.randn(shape[1], shape[2], generator=torch.Generator().manual_seed(1))
+def held_out(data: list[Pair]) -> HeldOut:
+    held = HeldOut()
     for x, g in data:
         held.keep(x, g)
+    return held
+
+
+@pytest.mark.parametrize(("shape", "names"), [(TALL, ["G"]), (WIDE, ["X", "g"])], ids=str)
+def test_held_out_gradients_measure_an_error_as_float64_does(shape, names):
+    data, error = pairs(shape), torch.randn(shape[1], shape[2], generator=torch.Generator().manual_seed(1))
+    held = held_out(data)
     expected = sum(float((error * (g.mT @ x)).sum().double() ** 2) for x, g in data) / len(data)
     assert held.second_order(error) == pytest.approx(expected, rel=0.03)
-    assert {len(kept) for kept in held.kept} == {parts}
     assert held.second_order(torch.zeros_like(error)) == 0.0
+    assert list(held.tensors()) == names
+    assert sum(tensor.nbytes for tensor in held.tensors().values()) == len(data) * held_out_bytes(*shape)
 
 
-def test_held_out_gradients_are_copies_and_leave_out_what_is_not_finite():
-    (x, g), *_ = pairs(WIDE, dtype=torch.bfloat16)
-    held, error = HeldOut(), torch.ones(24, 40)
-    held.keep(x, g)
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=str)
+def test_held_out_gradients_come_back_from_their_tensors(shape):
+    held, error = held_out(pairs(shape)), torch.ones(shape[1], shape[2])
+    again = HeldOut.of(held.tensors())
+    assert len(again.kept) == 6
+    assert again.second_order(error) == held.second_order(error)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=str)
+def test_held_out_gradients_are_copies_and_those_that_are_not_finite_do_not_count(shape):
+    (x, g), *_ = pairs(shape, dtype=torch.bfloat16)
+    held, error = held_out([(x, g)]), torch.ones(shape[1], shape[2])
     before = held.second_order(error)
     g[0, 0] = torch.inf
-    held.keep(x, g)
-    assert len(held.kept) == 1
     assert held.second_order(error) == before
+    held.keep(x, g)
+    assert held.second_order(error) == before
+    assert math.isnan(held_out([(x, g)]).second_order(error))
