@@ -43,7 +43,8 @@ from srr_dist.pipeline.operations import KINDS, LayerWork, Work
 from srr_dist.pipeline.plan import make_plan
 from srr_dist.pipeline.prepare import make_run, open_sources
 from srr_dist.pipeline.run import unit_name
-from srr_dist.pipeline.stage import Stage, StagePlan
+from srr_dist.pipeline.stage import Stage
+from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.solve import Metric, Quantizer, SolveOptions, make_grid
 from srr_dist.solve.lowrank import orthonormal, uniform
 from srr_dist.solve.metric import eigh, gram

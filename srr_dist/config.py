@@ -34,6 +34,7 @@ FORMS = ("joint", "split")
 SCALINGS = ("exact", "diag", "lqer", "identity")
 EXPORTS = ("compressed", "dense")
 DTYPES = ("auto", "float32", "bfloat16")
+SKETCHES = ("B", "full", "diag", "scalar")
 SPLIT_RULES = ("search", "criterion", "energy")
 MODEL_ROOT_VARIABLE = "SRR_MODEL_ROOT"
 
@@ -74,6 +75,9 @@ class QuantizeConfig:
     shrinkage: float = option(0.1, "share of the input moment's mean diagonal that is added to its diagonal")
     tune_steps: int = option(0, "gradient steps that tune codes, scales and adapters against each block's output")
     tune_batch: int = option(4, "calibration sequences of such a step")
+    sketch: str = option(
+        "", "what is kept of the model's own gradients: B, A:R in R rounds, or of outputs alone full, diag or scalar"
+    )
     scaling: str = option("exact", "what weights the error: the input moment or a cheaper stand-in", choices=SCALINGS)
     calibration: str = option("", "text, jsonl, parquet, a folder of them, any fsspec URL, or a datasets id")
     num_samples: int = option(64, "calibration sequences")
@@ -105,15 +109,16 @@ class QuantizeConfig:
         _require(0.0 <= self.shrinkage <= 10.0, "shrinkage", "a share from 0 to 10", self.shrinkage)
         _require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
         _require(
-            self.num_samples >= 2 or not self.tune_steps,
+            self.num_samples >= 2 or not (self.tune_steps or self.sketch),
             "num_samples",
-            "2 or more with --tune-steps, which holds some out",
+            "2 or more with --tune-steps or --sketch, which hold some out",
             self.num_samples,
         )
         _require(self.seq_len >= 2, "seq_len", "at least 2", self.seq_len)
         _require(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
         _require(0.0 <= self.max_bad_rows <= 1.0, "max_bad_rows", "a share from 0 to 1", self.max_bad_rows)
         _check_split(self.split, self.rank)
+        _check_sketch(self.sketch)
         for name in ("include", "exclude"):
             try:
                 re.compile(getattr(self, name))
@@ -198,13 +203,15 @@ class RunConfig:
             joint = config.quantize.form == "joint" or not count
             _require(joint, name, f"0 (--{name} 0) with the split form", count)
         needs_text = config.quantize.scaling != "identity" and config.quantize.method != "none"
-        needs_text |= config.quantize.tune_steps > 0
+        needs_text |= config.quantize.tune_steps > 0 or config.quantize.sketch != ""
         _require(
             bool(config.quantize.calibration) or not needs_text,
             "calibration",
             "text to calibrate on (--calibration)",
             "",
         )
+        kept = bool(config.job.statistics) or not config.quantize.sketch
+        _require(kept, "statistics", "where to keep sketches (--statistics) with --sketch", "")
         return config
 
     def flags(self) -> list[str]:
@@ -316,3 +323,9 @@ def _check_split(split: str, rank: int) -> None:
     fixed = rule == "fixed" and k.isdecimal()
     _require(fixed or split in SPLIT_RULES, "split", "search, criterion, energy or fixed:K", split)
     _require(not fixed or int(k) <= rank, "split", f"fixed:K with K from 0 to the rank {rank}", split)
+
+
+def _check_sketch(sketch: str) -> None:
+    kind, _, rounds = sketch.partition(":")
+    right = sketch in ("", *SKETCHES) or (kind == "A" and rounds.isdecimal() and int(rounds) >= 1)
+    _require(right, "sketch", "A:R with R rounds, 1 or more, or one of " + ", ".join(SKETCHES), sketch)

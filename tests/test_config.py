@@ -74,6 +74,9 @@ REFUSED = [
     ("host_memory", "0", "a size as 8GiB or 80G"),
     ("host_memory", "-1G", "a size as 8GiB or 80G"),
     ("blocks_per_stage", 0, "at least 1"),
+    ("sketch", "A", "A:R with R rounds, 1 or more, or one of B, full, diag, scalar"),
+    ("sketch", "A:0", "A:R with R rounds"),
+    ("sketch", "b", "one of B"),
     ("patience", -1.0, "0 or more seconds"),
     ("watchdog", -1.0, "0 or more seconds"),
     ("grace", float("nan"), "0 or more seconds"),
@@ -87,6 +90,7 @@ ACCEPTED = [
     {"bits": 2}, {"bits": 8}, {"group_size": -1}, {"group_size": 1}, {"rank": 0, "method": "none"}, {"seed": 2**63 - 1},
     {"split": "fixed:0"}, {"split": "fixed:16"}, {"split": "energy"}, {"max_bad_rows": 0}, {"max_bad_rows": 1.0},
     {"calibration": "", "scaling": "identity"}, {"calibration": "", "method": "none"}, {"gpu_memory": "70GiB"},
+    {"sketch": "B", "statistics": "kept"}, {"sketch": "A:12", "statistics": "kept"},
     {"revision": "main"}, {"include": r"layers\.[0-3]\."}, {"grid": "nf4", "bits": 4},
     {"grid": "nf4", "bits": 4, "group_size": 32},
 ]  # fmt: skip
@@ -99,6 +103,16 @@ def test_wrong_value_is_refused_with_the_field_and_what_was_expected(name, value
     assert str(caught.value).startswith(f"{name}: ")
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_sketch_needs_text_a_place_and_sequences_to_hold_out():
+    with pytest.raises(ConfigError, match=r"^statistics: expected where to keep sketches"):
+        RunConfig.from_options(COMPLETE | {"sketch": "B"})
+    with pytest.raises(ConfigError, match=r"^num_samples: expected 2 or more with .*--sketch"):
+        QuantizeConfig(num_samples=1, sketch="B")
+    plain = {key: value for key, value in COMPLETE.items() if key != "calibration"} | {"method": "none"}
+    with pytest.raises(ConfigError, match=r"^calibration: expected text"):
+        RunConfig.from_options(plain | {"sketch": "B", "statistics": "kept"})
 
 
 def test_tuning_needs_text_and_sequences_to_hold_out():
@@ -183,6 +197,7 @@ CHANGES = {
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2,
+    "sketch": "B",
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -231,7 +246,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "a87b468f8e070d06fa60a15267ee38830ed84aa422ec531da64d71f8145ddc55"
+    assert fingerprint() == "4b9a70fbae077439e41725a1193476f05855e167030b84558c5662436d71acd1"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -1,4 +1,4 @@
-"""Statistics of a block's inputs, in pure torch."""
+"""Statistics of a block's inputs and gradients, in pure torch."""
 
 from srr_dist.calibration.moments import InputMoment, accumulator_shape, moment_bytes
 

@@ -59,12 +59,34 @@ class InputMoment:
             return
         match self.scaling:
             case "exact":
-                self._add_products(x)
+                self._add_products(x, x)
             case "diag":
                 self.total += x.float().square().sum(0, dtype=torch.float64).to(self.total.device)
             case "lqer":
                 mean = x.float().abs().mean(0, dtype=torch.float64)
                 torch.maximum(self.total, mean.to(self.total.device), out=self.total)
+
+    def add(self, left: Tensor, right: Tensor, rows: int) -> None:
+        """Add ``leftᵀ right: [n, n]``, finite, which is ``xᵀ x`` of so many rows x; ``exact`` scaling only.
+
+        It is for rows that need not be formed for their sum.
+        """
+        self.tokens += rows
+        self._add_products(left, right)
+
+    def merge(self, other: InputMoment) -> None:
+        """Add what another moment of this kind was fed."""
+        self.tokens, self.excluded = self.tokens + other.tokens, self.excluded + other.excluded
+        theirs = other.total.to(self.total.device)
+        if self.scaling == "lqer":
+            torch.maximum(self.total, theirs, out=self.total)
+        else:
+            self.total += theirs
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.total.zero_()
+        self.tokens = self.excluded = 0
 
     def value(self) -> Tensor:
         """H as float64: ``[n, n]`` for ``exact``, else its diagonal ``[n]``. Zeros when no token was seen."""
@@ -108,11 +130,11 @@ class InputMoment:
         for start, stop in self._panels():
             self.total[:start, start:stop] = self.total[start:stop, :start].mT
 
-    def _add_products(self, x: Tensor) -> None:
-        """Add the lower triangle of ``xᵀ x``, panel by panel: symmetry saves three eighths of the arithmetic."""
+    def _add_products(self, left: Tensor, right: Tensor) -> None:
+        """Add the lower triangle of ``leftᵀ right``, panel by panel: symmetry saves three eighths of the arithmetic."""
         for start, part in self.parts().items():
             rows, columns = part.shape
-            part.add_(_gram(x[:, start : start + rows], x[:, :columns]).to(part.device))
+            part.add_(gram(left[:, start : start + rows], right[:, :columns]).to(part.device))
 
 
 def accumulator_shape(features: int, scaling: str) -> tuple[int, ...]:
@@ -120,7 +142,7 @@ def accumulator_shape(features: int, scaling: str) -> tuple[int, ...]:
     return (features, features) if scaling == "exact" else (features,)
 
 
-def _gram(a: Tensor, b: Tensor) -> Tensor:
+def gram(a: Tensor, b: Tensor) -> Tensor:
     """``aᵀ b`` with float32 results; bfloat16 factors are multiplied exactly and added in float32."""
     if a.dtype == torch.bfloat16 and a.is_cuda:
         return torch.mm(a.mT, b, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What a stage gathers while sequences pass: moments of layer inputs and, for tuning, hidden states between blocks."""
+"""What a stage gathers while sequences pass: moments of layer inputs, hidden states between blocks, and sketches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srr_dist.calibration import InputMoment, accumulator_shape
+from srr_dist.calibration.sketches import HeldOut, Sketch, sketch_sides
 from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline.plan import hidden_size
 from srr_dist.pipeline.run import Run
@@ -43,6 +44,14 @@ class KeptStates:
 
 
 @dataclass(frozen=True)
+class SketchedLayer:
+    """What gradients tell of a layer: its sketch, and the sequences held out from it."""
+
+    sketch: Sketch
+    held_out: HeldOut
+
+
+@dataclass(frozen=True)
 class Collector:
     """Makes the room that a run's plan has for what is gathered.
 
@@ -63,7 +72,8 @@ class Collector:
         found = {}
         for shared in shared_inputs(block, self.run.quantized) if self.run.calibrated else ():
             linear, features = shared[0], shared[0].in_features
-            moment = InputMoment(features, self.run.config.scaling, self.device, self._accumulator(features))
+            scaling = self.run.config.scaling
+            moment = InputMoment(features, scaling, self.device, self._accumulator(features, scaling))
             found[linear.input] = moment
 
             def add(module: nn.Module, args: tuple[Tensor], moment: InputMoment = moment) -> None:
@@ -73,17 +83,26 @@ class Collector:
                 modules[linear.input].register_forward_pre_hook(add)
         return found
 
+    def sketches(self, block: Block) -> dict[str, SketchedLayer]:
+        """An empty sketch per selected layer of a block."""
+        kind, found = self.run.config.sketch, {}
+        for linear in block.linears:
+            if linear.name in self.run.quantized:
+                m, n = linear.out_features, linear.in_features
+                sides = sketch_sides(kind, m, n).items()
+                totals = {side: self._accumulator(width, scaling) for side, (width, scaling) in sides}
+                found[linear.name] = SketchedLayer(Sketch(kind, m, n, self.device, totals), HeldOut())
+        return found
+
     def states(self, blocks: Iterable[int]) -> dict[int, KeptStates]:
-        """Room for the hidden states before and after these blocks, by the block they enter; none without tuning."""
-        if not self.run.config.tune_steps:
-            return {}
+        """Room for the hidden states before and after these blocks, by the block they enter."""
         shape = (*self.run.token_ids.shape, hidden_size(self.run.checkpoint))
         places = sorted({place for index in blocks for place in (index, index + 1)})
         return {place: KeptStates(self.scratch, shape, self.run.dtype, self.device) for place in places}
 
-    def _accumulator(self, features: int) -> Tensor | None:
+    def _accumulator(self, features: int, scaling: str) -> Tensor | None:
         """Memory for a moment where the plan wants it; None for beside the weights."""
-        shape = accumulator_shape(features, self.run.config.scaling)
+        shape = accumulator_shape(features, scaling)
         match self.placement:
             case "device":
                 return None

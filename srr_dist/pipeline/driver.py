@@ -15,6 +15,7 @@ from srr_dist.export import Output, assemble, is_complete, write_views
 from srr_dist.pipeline.boundaries import Boundaries
 from srr_dist.pipeline.cluster import Actors, connected
 from srr_dist.pipeline.failures import Ledger
+from srr_dist.pipeline.gradients import unsketched
 from srr_dist.pipeline.metrics import Metrics
 from srr_dist.pipeline.plan import Plan, make_plan, smaller
 from srr_dist.pipeline.prepare import Sources, make_run, open_sources, refuse_own_folder, scan_weights
@@ -23,7 +24,7 @@ from srr_dist.pipeline.run import Run, stored_dtype, unit_name, versions
 from srr_dist.pipeline.stage import Stage
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.watch import StopRequests, Watch, stop_requests
-from srr_dist.pipeline.windows import Window, next_window, next_window_at_rest, reachable
+from srr_dist.pipeline.windows import Window, next_window, next_window_at_rest, next_window_back, reachable
 from srr_dist.pipeline.work import WindowWork, describe
 from srr_dist.store import ObjectStore, RunArea, read_complete
 from srr_dist.store.events import EventLog
@@ -106,7 +107,7 @@ def work_off(
     run, missing = plan.run, missing_units(plan.run, area)
     if not missing:
         return {}
-    metrics, boundaries = Metrics(area.store.url), Boundaries(area)
+    metrics, boundaries, gradients = Metrics(area.store.url), *crossings(plan.run, area)
     ledger = Ledger(area, events, metrics)
     _note_start(events, plan, missing)
     actors = Actors(plan.cluster, Stage, run, plan.holding.placement, plan.cluster.cpus)
@@ -117,7 +118,7 @@ def work_off(
             for number in count():
                 todo = {unit: generation for unit, generation in missing.items() if unit not in ledger.quarantined}
                 workers = actors.gather(job.patience, job.watchdog, watch.tick) if todo else []
-                window = _next_window(plan, todo, boundaries, ledger, len(workers))
+                window = _next_window(plan, todo, boundaries, gradients, ledger, len(workers))
                 if window is None and REST not in todo:
                     break
                 if window is not None and window == passed:
@@ -138,8 +139,8 @@ def work_off(
                 else:
                     ledger.add(failures)
                 missing, passed = left, None if failures else window
-                if not failures and not ledger.quarantined and window and window.save is not None and window.start:
-                    boundaries.discard(window.start)
+                if not failures and not ledger.quarantined and window:
+                    _discard_used(window, boundaries, gradients)
         ledger.close(missing)
         return progress.seconds
     finally:
@@ -151,6 +152,11 @@ def missing_units(run: Run, area: RunArea) -> dict[str, int]:
     valid = area.records()
     generations = area.next_generations()
     return {unit: generations.get(unit, 1) for unit in run.units if unit not in valid}
+
+
+def crossings(run: Run, area: RunArea) -> tuple[Boundaries, Boundaries]:
+    """What is stored between windows: hidden states, and gradients that come back."""
+    return Boundaries(area), Boundaries(area, "gradients", given=len(run.graph.blocks))
 
 
 def blocks_at_rest(run: Run) -> set[int]:
@@ -180,7 +186,8 @@ def finish(run: Run, area: RunArea, export: str, *, anew: bool) -> None:
     else:
         assemble(area.store, area.records(), _output(run), [export])
     write_views(area)
-    Boundaries(area).clear()
+    for kind in crossings(run, area):
+        kind.clear()
     area.collect_garbage()
 
 
@@ -201,16 +208,36 @@ def _output(run: Run) -> Output:
 
 
 def _next_window(
-    plan: Plan, missing: Mapping[str, int], boundaries: Boundaries, ledger: Ledger, workers: int
+    plan: Plan,
+    missing: Mapping[str, int],
+    boundaries: Boundaries,
+    gradients: Boundaries,
+    ledger: Ledger,
+    workers: int,
 ) -> Window | None:
     """The next window, or None where no block is missing that can be reached."""
     pending = {int(unit) for unit in missing if unit != REST}
     suspects = {int(unit) for unit in ledger.suspects if unit != REST}
+    if to_sketch := pending & unsketched(plan.run):
+        if ledger.quarantined:  # gradients reach no block before it
+            return None
+        missing_moments = pending - blocks_at_rest(plan.run)
+        capacity = (1, 1) if suspects else (workers, plan.holding.blocks)
+        places = boundaries.available(), gradients.available()
+        return next_window_back(to_sketch, missing_moments, *places, *capacity)
     if ready := pending & blocks_at_rest(plan.run):
         return next_window_at_rest(ready, workers, plan.holding.blocks, suspects)
     starts = boundaries.available()
     pending = reachable(pending, starts, [int(unit) for unit in ledger.impassable if unit != REST])
     return next_window(pending, starts, workers, plan.holding.blocks, pending & suspects) if pending else None
+
+
+def _discard_used(window: Window, boundaries: Boundaries, gradients: Boundaries) -> None:
+    """Remove what this window alone began from. Boundaries stay until gradients have come back to them."""
+    if window.then == "back":
+        gradients.discard(window.blocks[-1] + 1)
+    elif window.then == "solve" and window.save is not None and window.start:
+        boundaries.discard(window.start)
 
 
 def _progress(run: Run, missing: Mapping[str, int]) -> Progress:
@@ -221,7 +248,9 @@ def _progress(run: Run, missing: Mapping[str, int]) -> Progress:
     at_rest = blocks_at_rest(run).intersection(block.index for block in pending)
     if at_rest and run.statistics:
         log.info("statistics: the moments of %d of %d blocks are kept, no passes for these", len(at_rest), len(pending))
-    return Progress("quantize", run.token_ids.shape[0] * (len(pending) - len(at_rest)), layers)
+    to_sketch = unsketched(run).intersection(block.index for block in pending)
+    passes = len(pending) - len(at_rest) + 2 * len(to_sketch)  # the way back begins with a pass forward
+    return Progress("quantize", run.token_ids.shape[0] * passes, layers)
 
 
 def _note_start(events: EventLog, plan: Plan, missing: Mapping[str, int]) -> None:

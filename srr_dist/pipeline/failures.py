@@ -70,7 +70,7 @@ class Failure:
 
     Attributes:
         kind: as in ``FailedAttempt``; or ``preempted``, ``storage``, ``message``, which are nobody's fault.
-        doing: ``reading``, ``calibrating``, ``solving`` or ``committing``.
+        doing: ``reading``, ``calibrating``, ``sketching``, ``solving`` or ``committing``.
         units: without a result, and one of them may be to blame.
         reason: in words.
     """

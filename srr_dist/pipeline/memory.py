@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srr_dist.calibration import moment_bytes
+from srr_dist.calibration.head import LOGITS_AT_ONCE
+from srr_dist.calibration.sketches import held_out_bytes, sketch_bytes
 from srr_dist.checkpoint.graph import Block
 from srr_dist.errors import ConfigError
 
@@ -48,6 +50,10 @@ class Workload:
     """Of the adapters."""
     tuned: bool = False
     """Whether blocks are tuned against their outputs."""
+    sketch: str = ""
+    """Kind of the sketches that gradients are summed in, "" for none."""
+    held_out: int = 0
+    """Sequences that these do not see."""
     threads: int = 1
     """Of a worker without a GPU: so many small layers are solved at once, and sequences passed back."""
     copies: int = 1
@@ -62,8 +68,9 @@ class Need:
 
     weights: int
     source: int
-    """Host copy of the source's own tensors, 0 where the forward pass uses the very same."""
+    """Host copy of the source's own tensors, 0 where the forward pass uses the very same; or of held-out gradients."""
     moments: int
+    """Of inputs; or sketches, where these are larger: a window gathers the ones or the others."""
     forward: int
     solve: int
     results: int
@@ -100,6 +107,11 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
     solve *= layers_at_once(block, work.quantized, work.threads, on_gpu=work.on_gpu)
     if work.tuned:
         solve = max(solve, _tune_bytes(parameters(block), forward, 1 if work.on_gpu else work.threads))
+    if work.sketch:
+        shapes = [(linear.out_features, linear.in_features) for linear in layers]
+        moments = max(moments, sum(sketch_bytes(work.sketch, m, n) for m, n in shapes))
+        source = max(source, work.held_out * sum(held_out_bytes(work.seq_len, m, n) for m, n in shapes))
+        solve = max(solve, 3 * forward + max((_back_bytes(m, n, work.seq_len) for m, n in shapes), default=0))
     results = sum(_result_bytes(linear.out_features, linear.in_features, work) for linear in layers)
     return Need(weights, source, moments, forward, solve, results)
 
@@ -175,6 +187,15 @@ def _tune_bytes(weights: int, forward: int, threads: int) -> int:
     is passed back has gradients of its own, and keeps what layers read.
     """
     return weights * 4 * (6 + threads) + threads * 3 * forward
+
+
+def _back_bytes(m: int, n: int, tokens: int) -> int:
+    """In float32 while one layer's gradients are added: G or what tokens are multiplied by, inputs, gradients, a panel.
+
+    At the end of the model it is logits instead: scores and their gradient, probabilities, and their float64 sums.
+    """
+    through = max(m * n, tokens * (tokens + max(m, n)))
+    return max(4 * (through + tokens * (m + n) + max(m, n) ** 2 // 4), 24 * LOGITS_AT_ONCE)
 
 
 def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:

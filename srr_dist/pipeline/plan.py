@@ -32,7 +32,7 @@ class Plan:
     def traffic(self) -> dict[str, int]:
         """Bytes read from the source and the store, and written to the store, by an undisturbed run."""
         boundaries = (len(self.windows) - 1) * self.run.token_ids.size * hidden_size(self.run.checkpoint)
-        boundaries *= self.run.dtype.itemsize
+        boundaries *= self.run.dtype.itemsize * (2 if self.run.config.sketch else 1)  # and as many of gradients
         return {
             "source read": self.run.checkpoint.total_bytes,
             "boundaries written and read": boundaries,
@@ -40,8 +40,8 @@ class Plan:
         }
 
     def scratch_bytes(self) -> int:
-        """Local disk that a worker needs for the hidden states it tunes with: before and after each block it holds."""
-        if not self.run.config.tune_steps:
+        """Local disk that a worker needs for the hidden states it keeps: before and after each block it holds."""
+        if not (self.run.config.tune_steps or self.run.config.sketch):
             return 0
         states = self.run.token_ids.size * hidden_size(self.run.checkpoint) * self.run.dtype.itemsize
         return int(states) * (self.holding.blocks + 1)
@@ -65,12 +65,14 @@ class Plan:
             f"windows        {len(self.windows)}, up to {holding.blocks} blocks per stage, "
             f"moments on {holding.placement}",
         ]
+        if config.sketch:
+            lines.append(f"sketch         {config.sketch}, {run.held_out} sequences held out")
         lines += [
             f"memory         {place} per worker: {gib(count)} planned, {gib(allowed)} allowed"
             for place, count, allowed in _places(self.planned_memory(), self.cluster.budget)
         ]
         if scratch := self.scratch_bytes():
-            lines.append(f"scratch        {gib(scratch)} of local disk per worker, hidden states for tuning")
+            lines.append(f"scratch        {gib(scratch)} of local disk per worker, hidden states")
         lines += [f"{name:<30} {gib(count)}" for name, count in self.traffic().items()]
         lines += [f"window {i:<3} {describe_window(window)}" for i, window in enumerate(self.windows)]
         return "\n".join(lines)
@@ -98,6 +100,8 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         code_bytes=run.grid.dtype.itemsize,
         rank=rank,
         tuned=run.config.tune_steps > 0,
+        sketch=run.config.sketch,
+        held_out=run.held_out,
         threads=cluster.cpus,
         outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),
     )

@@ -20,6 +20,8 @@ from srr_dist.errors import ConfigError
 from srr_dist.solve import Grid, Quantizer, SolveOptions, make_grid
 from srr_dist.store.records import REST
 
+_MOST_HELD_OUT = 8
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,6 +53,11 @@ class Run:
     def calibrated(self) -> bool:
         """Whether there are sequences to pass through the model."""
         return len(self.token_ids) > 0
+
+    @property
+    def held_out(self) -> int:
+        """How many sequences no sketch sees, the last ones: an eighth, but no more than it takes to judge errors by."""
+        return min(max(1, len(self.token_ids) // 8), _MOST_HELD_OUT)
 
     @property
     def units(self) -> list[str]:

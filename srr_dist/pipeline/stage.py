@@ -1,8 +1,9 @@
 """A stage: consecutive decoder blocks of one window, from their weights to their committed results.
 
 A stage is told the window (``open``), is fed sequences (``forward``), and then solves each block (``solve``) where
-the moments already lie. While it solves, the block before is uploaded, and weights of the next window are read into
-the room that solved blocks leave. It talks to storage itself; only hidden states and small summaries cross Ray.
+the moments already lie; or gradients come back (``backward``) for the sketches of its blocks. While it solves, the
+block before is uploaded, and weights of the next window are read into the room that solved blocks leave. It talks to
+storage itself; only hidden states, gradients and small summaries cross Ray.
 """
 
 from __future__ import annotations
@@ -23,42 +24,20 @@ from srr_dist.calibration import InputMoment
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline import hidden_states
-from srr_dist.pipeline.boundaries import Boundaries
+from srr_dist.pipeline.boundaries import Boundaries, BoundaryWriter
 from srr_dist.pipeline.cluster import Pulse
 from srr_dist.pipeline.collecting import Collector, KeptStates
 from srr_dist.pipeline.committing import Commits
 from srr_dist.pipeline.failures import blame
+from srr_dist.pipeline.gradients import WayBack
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
 from srr_dist.pipeline.run import Run, unit_name
 from srr_dist.pipeline.solving import BlockSolver, result_tensors
+from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.tuning import BlockTuner
 from srr_dist.store import BlockRecord, ObjectStore, RunArea
 from srr_dist.store.records import REST
-
-_BOUNDARY_WRITERS = 2
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What a stage does in one window."""
-
-    stage: int
-    window: int
-    blocks: tuple[int, ...]
-    collect: frozenset[int]
-    """Blocks to calibrate and solve; the others only pass hidden states on."""
-    start: int | None
-    """On the first stage: the block whose boundary the sequences are read from, 0 for the tokens."""
-    save: int | None
-    """On the last stage: the block before which the outgoing hidden states are stored, None to let them go."""
-    last: bool
-    """Whether the window ends with this stage."""
-    planned_memory: dict[str, int]
-    passes: bool = True
-    """Whether sequences pass; if not, moments are taken from the statistics."""
-    ahead: tuple[int, ...] = ()
-    """Blocks that this stage will hold next if all goes well; a guess, so that their weights can be read early."""
 
 
 @dataclass
@@ -85,18 +64,19 @@ class Stage(Pulse):
         self.decoder = Decoder(run.checkpoint, dtype=run.dtype, device=self.device)
         self.area = RunArea(ObjectStore(run.output, run.single_driver), run.fingerprint)
         self.boundaries = Boundaries(self.area)
+        self.gradients = Boundaries(self.area, "gradients", given=len(run.graph.blocks))
         self.statistics = Statistics(run)
         self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
         self.collector = Collector(run, placement, self.device, Path(self.scratch.name))
         self.commits = Commits(run, self.area, device_name(self.device), Path(self.scratch.name))
-        self.writers = ThreadPoolExecutor(_BOUNDARY_WRITERS)
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self.held: dict[int, _Held] = {}
         self.states: dict[int, KeptStates] = {}
-        """Before each block that will be tuned, and after it; by the index of the block they enter."""
+        """Before each block that needs them later, and after it; by the index of the block they enter."""
         self.plan: StagePlan | None = None
-        self.saved: dict[int, Future[str]] = {}
+        self.leaving: BoundaryWriter | None = None
+        self.way_back: WayBack | None = None
 
     def open(self, plan: StagePlan) -> None:
         """Drop the last window and read this one's weights; NaN or Inf in them is a CheckpointError."""
@@ -104,8 +84,10 @@ class Stage(Pulse):
         torch.set_grad_enabled(False)
         for index in list(self.held):
             self._drop(index)
-        self.plan, self.saved = plan, {}
-        self.states = self.collector.states(plan.collect)
+        self.plan, self.way_back = plan, None
+        self.leaving = BoundaryWriter(self.boundaries, plan.save) if plan.save is not None else None
+        kept = plan.blocks if plan.then == "back" else plan.collect if self.run.config.tune_steps else ()
+        self.states = self.collector.states(kept)
         for index in self.ahead.keys() - set(plan.blocks):
             del self.ahead[index]
         for index in plan.blocks:
@@ -113,6 +95,8 @@ class Stage(Pulse):
                 self._hold(self.run.graph.blocks[index], collect=index in plan.collect)
         if plan.start == 0:
             self.decoder.load_embedding()
+        if plan.then == "back":
+            self.way_back = WayBack(self.run, self.decoder, self.gradients, plan, self.collector, self.states)
 
     def forward(self, sequences: Sequence[int], payload: hidden_states.Payload | None) -> hidden_states.Payload | None:
         """Pass sequences through this stage's blocks, one by one, adding to the moments.
@@ -130,26 +114,52 @@ class Stage(Pulse):
             self._through(sequence, hidden.to(self.device))
             for sequence, hidden in zip(sequences, incoming, strict=True)
         ]
-        if plan.save is not None:
-            for sequence, hidden in zip(sequences, outgoing, strict=True):
-                self.saved[sequence] = self.writers.submit(self.boundaries.save, plan.save, sequence, hidden.cpu())
-            return None
+        if self.leaving is not None:
+            self.leaving.put(sequences, outgoing)
         return None if plan.last else hidden_states.pack(outgoing)
 
     def end_forward(self) -> None:
         """Every sequence has passed: make boundary and moments durable, let go what only the passes needed."""
         plan = self._plan()
-        if plan.save is not None:
-            hashes = [self.saved[sequence].result() for sequence in sorted(self.saved)]
-            self.boundaries.complete(plan.save, hashes)
+        if self.leaving is not None:
+            self.leaving.end()
         if plan.start == 0:
             self.decoder.drop_rest()
+        if self.way_back is not None:
+            if self.way_back.from_head:
+                self.decoder.load_head()
+            return
         for index in plan.blocks:
             self.decoder.drop_block(index)
-            if index not in plan.collect:
-                self._drop(index)
-            elif plan.passes:
+            if index in plan.collect and plan.passes:
                 self._keep_moments(self.held[index])
+            if index not in plan.collect or plan.then == "nothing":
+                self._drop(index)
+
+    def backward(self, sequences: Sequence[int], payload: hidden_states.Payload | None) -> hidden_states.Payload | None:
+        """Take gradients back through this stage's blocks, one by one, adding to the sketches.
+
+        Args:
+            sequences: their indices.
+            payload: their gradients from the stage behind; None on the last stage, where they begin.
+
+        Returns:
+            The gradients for the stage before, or None where the window begins.
+        """
+        slopes = None if payload is None else hidden_states.unpack(payload, self.run.dtype)
+        outgoing = self._way_back().take(sequences, slopes)
+        return None if self._plan().start is not None else hidden_states.pack(outgoing)
+
+    def end_backward(self) -> None:
+        """Every sequence has come back; for the last time: make gradients and sketches durable, let go the rest."""
+        way = self._way_back()
+        if way.end_pass():
+            return
+        way.keep()
+        self.way_back, self.states = None, {}
+        self.decoder.drop_rest()
+        for index in list(self.held):
+            self._drop(index)
 
     def solve(self, index: int, generation: int) -> bool:
         """Solve every layer of a block and begin its commit.
@@ -193,9 +203,10 @@ class Stage(Pulse):
         begun = self.ahead.pop(block.index, None)
         tensors = begun.result() if begun else self._read(block.index)
         self.decoder.load_block(block.index, tensors)
-        held = _Held(block, tensors if collect else {}, {})
-        if collect:
-            listening = self.decoder.linear_modules(block.index) if self._plan().passes else None
+        plan = self._plan()
+        held = _Held(block, tensors if collect and plan.then == "solve" else {}, {})
+        if collect and plan.then != "back":
+            listening = self.decoder.linear_modules(block.index) if plan.passes else None
             held.moments = self.collector.moments(block, listening)
         held.seconds = {"read": time.perf_counter() - started, "calibrate": 0.0}
         self.held[block.index] = held
@@ -262,6 +273,10 @@ class Stage(Pulse):
         if index + 1 in self.states:
             self.states[index + 1].keep(sequence, hidden)
         return hidden
+
+    def _way_back(self) -> WayBack:
+        assert self.way_back is not None, "open() for gradients comes first"
+        return self.way_back
 
     def _stage_record(self) -> dict[str, Any]:
         plan = self._plan()

@@ -1,8 +1,10 @@
-"""Moments kept in storage: a model is calibrated once on a text, and every run on the two shares what was summed.
+"""Moments and sketches kept in storage: a model is calibrated once on a text, and every run on the two shares the sums.
 
-One object per moment, below the fingerprint of everything that moments depend on, and named by its own sha256:
+One object per sum, below the fingerprint of everything that it depends on, and named by its own sha256:
 
-    <statistics>/<fingerprint>/model.layers.0.mlp.up_proj/<sha256>.safetensors
+    <statistics>/<fingerprint>/model.layers.0.mlp.up_proj/<sha256>.safetensors              moment of an input
+    <statistics>/<fingerprint>/model.layers.0.mlp.up_proj.output/<sha256>.safetensors       side of a layer's sketch
+    <statistics>/<fingerprint>/model.layers.0.mlp.up_proj.held-out/<sha256>.safetensors     its held-out gradients
 
 An object is whole or not there, and its name says whether it is damaged, so that no record is needed beside it. What
 is kept are the float64 sums themselves: a run that takes them gives the bytes of a run that sums them anew.
@@ -13,12 +15,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from srr_dist.calibration import InputMoment
+from srr_dist.calibration.sketches import HeldOut
 from srr_dist.checkpoint.tensors import TensorEntry
 from srr_dist.errors import StoreError
 from srr_dist.export.tensorfile import TensorFile, decode_tensor, encode_header
@@ -32,46 +38,70 @@ FORMAT_VERSION = 1
 """Raised whenever the same model and tokens give other sums."""
 
 
+_DTYPES = {torch.float64: "F64", torch.bfloat16: "BF16"}
+A = TypeVar("A")
+
+
 class Statistics:
     """The moments kept for a run and all that share its model, tokens, forward passes and scaling.
 
     A run without ``--statistics`` finds nothing and keeps nothing.
+
+    Args:
+        run: the run.
+        sketch: a kind of sketch, to have what is kept of these instead, for all runs that share model, tokens, forward
+            passes, kind and the seed of the labels.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, sketch: str = "") -> None:
         self._store = ObjectStore(run.statistics) if run.statistics else None
+        kind = {"sketch": sketch, "seed": run.config.seed} if sketch else {"scaling": run.config.scaling}
         self._identity = encode(
             {
                 "source": run.checkpoint.identity,
                 "tokens": run.tokens_sha256,
                 "dtype": dtype_name(run.dtype),
-                "scaling": run.config.scaling,
                 "format_version": FORMAT_VERSION,
+                **kind,
             },
             "statistics",
         )
         self.fingerprint = hashlib.sha256(self._identity).hexdigest()
 
     def available(self) -> set[str]:
-        """Names of the inputs whose moments are kept, as ``Linear.input`` has them."""
+        """Names of what is kept; of moments, those of the inputs as ``Linear.input`` has them."""
         if self._store is None:
             return set()
         return {path.split("/")[1] for path in self._store.list(self.fingerprint)}
 
     def save(self, name: str, moment: InputMoment, scratch: Path) -> None:
-        """Keep the moment of the input ``name``; ``scratch`` is a local folder with space for it."""
+        """Keep a moment, or a side of a sketch; ``scratch`` is a local folder with space for it."""
+        self._keep(name, _parts(moment), {"tokens": str(moment.tokens), "excluded": str(moment.excluded)}, scratch)
+
+    def save_held_out(self, name: str, held: HeldOut, scratch: Path) -> None:
+        """Keep held-out gradients; ``scratch`` as above."""
+        self._keep(name, held.tensors(), {}, scratch)
+
+    def load(self, name: str, moment: InputMoment) -> bool:
+        """Fill ``moment``, new and of zeros, with what is kept under ``name``.
+
+        Returns:
+            Whether there was a sound object. Damaged ones are removed, so that the moment is summed and kept anew.
+        """
+        return self._sound(name, partial(_fill, moment)) is not None
+
+    def load_held_out(self, name: str) -> HeldOut | None:
+        """The held-out gradients kept under ``name``; None if there are no sound ones, as above."""
+        return self._sound(name, lambda file: HeldOut.of(dict(_checked(file))))
+
+    def _keep(self, name: str, tensors: Mapping[str, Tensor], facts: dict[str, str], scratch: Path) -> None:
+        """Write and upload the safetensors file of these tensors, one after the other."""
         if self._store is None:
             return
+        metadata = {"format": "pt", "identity": self._identity.decode(), "versions": encode(versions(), name).decode()}
         local, digest = scratch / uuid.uuid4().hex, hashlib.sha256()
-        metadata = {
-            "format": "pt",
-            "identity": self._identity.decode(),
-            "versions": encode(versions(), name).decode(),
-            "tokens": str(moment.tokens),
-            "excluded": str(moment.excluded),
-        }
         with local.open("wb") as stream:
-            for piece in _pieces(moment, metadata):
+            for piece in _pieces(tensors, metadata | facts):
                 digest.update(piece)
                 stream.write(piece)
         path = f"{self.fingerprint}/{name}/{digest.hexdigest()}.safetensors"
@@ -79,49 +109,57 @@ class Statistics:
             self._store.upload(local, path)
         local.unlink()
 
-    def load(self, name: str, moment: InputMoment) -> bool:
-        """Fill ``moment``, new and of zeros, with what is kept of the input ``name``.
-
-        Returns:
-            Whether there was a sound object. Damaged ones are removed, so that the moment is summed and kept anew.
-        """
+    def _sound(self, name: str, read: Callable[[TensorFile], A]) -> A | None:
+        """What is read from the first sound object under ``name``; those before it are removed."""
         assert self._store is not None, "only what is available can be loaded"
         for path in self._store.list(f"{self.fingerprint}/{name}"):
             try:
-                self._fill(moment, TensorFile.open(self._store, path))
+                return read(TensorFile.open(self._store, path))
             except (StoreError, LookupError, ValueError) as error:
                 self._store.delete(path)
                 log.warning("%s: removed, since it is damaged: %s", self._store.location(path), error)
-            else:
-                return True
-        return False
-
-    def _fill(self, moment: InputMoment, file: TensorFile) -> None:
-        """Read part by part, so that never more than one is in memory beside the moment."""
-        digest, parts = hashlib.sha256(file.header), moment.parts()
-        expected, found = map(_contents, (_entries(parts), file.entries.values()))
-        if found != expected:
-            raise StoreError(f"holds {found}, expected {expected}")
-        for part, entry in zip(parts.values(), file.entries.values(), strict=True):
-            data = file.raw(entry.start, entry.stop)
-            digest.update(data)
-            part.copy_(decode_tensor(entry, data))
-        if (sha256 := digest.hexdigest()) != Path(file.path).stem:
-            raise StoreError(f"its sha256 is {sha256}")
-        moment.tokens, moment.excluded = int(file.metadata["tokens"]), int(file.metadata["excluded"])
+        return None
 
 
-def _pieces(moment: InputMoment, metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """The safetensors file of a moment, part by part."""
-    parts = moment.parts()
-    yield encode_header(_entries(parts), metadata)
-    for part in parts.values():
-        yield part.contiguous().cpu().numpy().data.cast("B")
+def _parts(moment: InputMoment) -> dict[str, Tensor]:
+    return {f"rows.{row}": part for row, part in moment.parts().items()}
 
 
-def _entries(parts: Mapping[int, Tensor]) -> list[TensorEntry]:
-    sizes = {f"rows.{row}": (tuple(part.shape), part.nbytes) for row, part in parts.items()}
-    return [TensorEntry(name, "", 0, size, shape, "F64", name, shape) for name, (shape, size) in sizes.items()]
+def _fill(moment: InputMoment, file: TensorFile) -> InputMoment:
+    """Read part by part, so that never more than one is in memory beside the moment."""
+    parts = _parts(moment)
+    found, expected = map(_contents, (file.entries.values(), _entries(parts)))
+    if found != expected:
+        raise StoreError(f"holds {found}, expected {expected}")
+    for name, part in _checked(file):
+        parts[name].copy_(part)
+    moment.tokens, moment.excluded = int(file.metadata["tokens"]), int(file.metadata["excluded"])
+    return moment
+
+
+def _checked(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file by name; StoreError after the last one if the bytes are not those that its name tells."""
+    digest = hashlib.sha256(file.header)
+    for entry in file.entries.values():
+        data = file.raw(entry.start, entry.stop)
+        digest.update(data)
+        yield entry.name, decode_tensor(entry, data)
+    if (sha256 := digest.hexdigest()) != Path(file.path).stem:
+        raise StoreError(f"its sha256 is {sha256}")
+
+
+def _pieces(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The safetensors file of these tensors, one by one."""
+    yield encode_header(_entries(tensors), metadata)
+    for tensor in tensors.values():
+        yield tensor.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")
+
+
+def _entries(tensors: Mapping[str, Tensor]) -> list[TensorEntry]:
+    return [
+        TensorEntry(name, "", 0, tensor.nbytes, tuple(tensor.shape), _DTYPES[tensor.dtype], name, tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
 
 
 def _contents(entries: Iterable[TensorEntry]) -> list[tuple[str, str, tuple[int, ...]]]:

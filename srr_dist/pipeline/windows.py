@@ -15,8 +15,11 @@ class Window:
         start: first block; the sequences enter from the boundary in front of it.
         stages: per stage its blocks; together ``start, start + 1, …`` where sequences pass.
         collect: blocks that are solved; the others are committed already and only passed through.
-        save: block before which the outgoing hidden states are stored, None where no later block needs them.
+        save: block before which what leaves the window is stored, hidden states or the gradients that come back; None
+            where no other block needs it.
         passes: whether sequences pass through the blocks; if not, each can be solved without them.
+        then: what follows once they have passed: ``solve`` the blocks to collect; take gradients ``back`` through all
+            blocks, for the sketches of those to collect; or ``nothing``, where moments alone are collected.
     """
 
     start: int
@@ -24,6 +27,7 @@ class Window:
     collect: frozenset[int]
     save: int | None
     passes: bool = True
+    then: str = "solve"
 
     @property
     def blocks(self) -> list[int]:
@@ -66,6 +70,42 @@ def next_window_at_rest(
     """
     blocks = sorted(set(ready).difference(suspects))[: stages * blocks_per_stage] or [min(ready)]
     return Window(blocks[0], even_parts(blocks, stages), frozenset(blocks), save=None, passes=False)
+
+
+def next_window_back(
+    pending: Collection[int],
+    uncalibrated: Collection[int],
+    boundaries: Collection[int],
+    gradients: Collection[int],
+    stages: int,
+    blocks_per_stage: int,
+) -> Window:
+    """The window that brings gradients nearer to the last of the blocks, which are reached from the model's end.
+
+    Gradients come back through a window that begins at a boundary. Where none is near enough, one is made: a window of
+    forward passes ends where the next one back is to begin, so that of a whole model each window is passed forward
+    first, and then each back, the last one first.
+
+    Args:
+        pending: blocks without a sketch; not empty.
+        uncalibrated: blocks whose moments are not kept, which forward passes collect on their way.
+        boundaries: blocks in front of which activations are stored; holds 0.
+        gradients: blocks in front of which gradients are stored; holds the number of blocks, where the head begins.
+        stages: as for ``next_window``.
+        blocks_per_stage: as for ``next_window``.
+    """
+    most = stages * blocks_per_stage
+    stop = min(place for place in gradients if place > max(pending))
+    lowest = max(stop - most, 0)
+    if near := [boundary for boundary in boundaries if lowest <= boundary < stop]:
+        start = min(near)
+        parts = even_parts(range(start, stop), stages)
+        save = start if min(pending) < start else None
+        return Window(start, parts, frozenset(pending) & frozenset(range(start, stop)), save, then="back")
+    start = max(boundary for boundary in boundaries if boundary < lowest)
+    end = min(start + most, lowest)
+    collect = frozenset(uncalibrated) & frozenset(range(start, end))
+    return Window(start, even_parts(range(start, end), stages), collect, end, then="nothing")
 
 
 def following(window: Window, pending: Collection[int], stages: int, blocks_per_stage: int) -> Window | None:

@@ -1,4 +1,7 @@
-"""One window on the workers: read, calibrate, solve. What goes wrong is collected, so that the rest is not lost."""
+"""One window on the workers: read, calibrate, then solve or sketch.
+
+What goes wrong is collected, so that the rest is not lost.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from srr_dist.calibration.sketches import sketch_passes
 from srr_dist.errors import SrrError, StoreError
 from srr_dist.pipeline.cluster import Worker
 from srr_dist.pipeline.failures import Failure, UnitError
 from srr_dist.pipeline.plan import Plan, hidden_size
 from srr_dist.pipeline.run import unit_name
-from srr_dist.pipeline.stage import StagePlan
+from srr_dist.pipeline.stage_plan import StagePlan, stage_plans
 from srr_dist.pipeline.watch import Watch
 from srr_dist.pipeline.windows import Window, batches, following
 from srr_dist.store.records import REST
@@ -58,8 +62,9 @@ class WindowWork:
     ) -> None:
         self._plan, self._window, self._missing, self._watch = plan, window, missing, watch
         pending = [int(unit) for unit in missing if unit != REST]
-        ahead = following(window, pending, len(workers), plan.holding.blocks) if window is not None else None
-        parts = stage_plans(window, number, plan, ahead) if window is not None else []
+        solved = window is not None and window.then == "solve"
+        ahead = following(window, pending, len(workers), plan.holding.blocks) if window and solved else None
+        parts = stage_plans(window, number, plan.planned_memory(), ahead) if window is not None else []
         self._stages = list(zip(workers, parts, strict=False))
         self._workers = [worker for worker, _ in self._stages] or [workers[-1]]
         self._spare = workers[-1]
@@ -73,7 +78,7 @@ class WindowWork:
             SrrError: what no repetition would mend.
             StoppedError: a stop was asked for.
         """
-        failures = self._read() or self._calibrate() or self._solve()
+        failures = self._read() or self._calibrate() or self._finish()
         for worker in self._tainted:
             worker.kill()
         return failures
@@ -89,32 +94,58 @@ class WindowWork:
         return self._settle(tasks)
 
     def _calibrate(self) -> list[Failure]:
-        """Send every sequence through the chain of stages, with a bounded number of messages under way."""
+        """Sequences pass forward, and are used for moments."""
         if self._window is None:
             return []
-        self._watch.progress.begin(f"{self.name} · calibrating")
+        passing = self._window.passes and self._stream("forward", self._stages, "calibrating")
+        return passing or self._on_all("end_forward", "calibrating")
+
+    def _finish(self) -> list[Failure]:
+        """What follows once the sequences have passed."""
+        match self._window.then if self._window is not None else "solve":
+            case "back":
+                return self._sketch()
+            case "nothing":
+                return []
+        return self._solve()
+
+    def _sketch(self) -> list[Failure]:
+        """Gradients come back, as often as a sketch has to see them."""
+        for _ in range(sketch_passes(self._plan.run.config.sketch)):
+            failures = self._stream("backward", self._stages[::-1], "sketching")
+            if failures := failures or self._on_all("end_backward", "sketching"):
+                return failures
+        return []
+
+    def _stream(self, method: str, stages: Sequence[tuple[Worker, StagePlan]], doing: str) -> list[Failure]:
+        """Send every sequence through the chain of stages, with a bounded number of messages under way."""
+        assert self._window is not None
+        self._watch.progress.begin(f"{self.name} · {doing}")
         run, passed = self._plan.run, 0
         count, seq_len = run.token_ids.shape
         sequence_bytes = seq_len * hidden_size(run.checkpoint) * run.dtype.itemsize
         under_way: deque[tuple[Any, int]] = deque()
-        for batch in batches(count, len(self._stages), sequence_bytes) if self._window.passes else ():
+        for batch in batches(count, len(stages), sequence_bytes):
             message = None
-            for worker, _ in self._stages:
-                message = worker.handle.forward.remote(tuple(batch), message)
+            for worker, _ in stages:
+                message = getattr(worker.handle, method).remote(tuple(batch), message)
             under_way.append((message, len(batch)))
-            while len(under_way) > (len(self._stages) + 1 if batch.stop < count else 0):
+            while len(under_way) > (len(stages) + 1 if batch.stop < count else 0):
                 oldest, size = under_way.popleft()
-                if failure := self._passed(oldest):
+                if failure := self._passed(oldest, doing):
                     return [failure]
                 passed += size
-                self._watch.progress.note = f"{self.name} · calibrating {passed}/{count}"
+                self._watch.progress.note = f"{self.name} · {doing} {passed}/{count}"
                 self._watch.progress.advance("passes", size * len(self._window.blocks))
-        ends = [
-            Task(worker.handle.end_forward.remote(), worker, "calibrating", _units(p)) for worker, p in self._stages
-        ]
-        return self._settle(ends)
+        return []
 
-    def _passed(self, message: Any) -> Failure | None:
+    def _on_all(self, method: str, doing: str) -> list[Failure]:
+        """Call a method of every stage, and wait for all."""
+        return self._settle(
+            Task(getattr(worker.handle, method).remote(), worker, doing, _units(part)) for worker, part in self._stages
+        )
+
+    def _passed(self, message: Any, doing: str) -> Failure | None:
         """Wait for a message to leave the last stage. If it does not, stages that do not answer are to blame."""
         left = [message]
         while left:
@@ -125,7 +156,7 @@ class WindowWork:
             dead = self._watch.dead(self._workers)
             units = [unit for worker, part in self._stages if worker in dead for unit in _units(part)]
             lost = dead[0] if dead else self._workers[0]
-            return self._failure(error, Task(message, lost, "calibrating", tuple(units)))
+            return self._failure(error, Task(message, lost, doing, tuple(units)))
         return None
 
     def _solve(self) -> list[Failure]:
@@ -213,27 +244,6 @@ def _kind(error: RayError, cause: BaseException) -> str:
     if isinstance(cause, RayActorError):
         return "preempted" if cause.preempted else "lost"
     return "error" if isinstance(error, RayTaskError) and not isinstance(cause, RayError) else "message"
-
-
-def stage_plans(window: Window, number: int, plan: Plan, ahead: Window | None = None) -> list[StagePlan]:
-    """What each stage is told of a window, and of the one that may follow."""
-    later = ahead.stages if ahead is not None else ()
-    last = len(window.stages) - 1
-    return [
-        StagePlan(
-            stage=index,
-            window=number,
-            blocks=blocks,
-            collect=window.collect & frozenset(blocks),
-            start=window.start if index == 0 and window.passes else None,
-            save=window.save if index == last else None,
-            last=index == last,
-            planned_memory=plan.planned_memory(),
-            passes=window.passes,
-            ahead=later[index] if index < len(later) else (),
-        )
-        for index, blocks in enumerate(window.stages)
-    ]
 
 
 def describe(window: Window | None) -> str:

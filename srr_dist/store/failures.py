@@ -23,7 +23,7 @@ class FailedAttempt:
         unit: which.
         attempt: how many of one run it is, from 1.
         kind: ``lost`` (the worker died), ``silent`` (it gave no sign of life), ``memory`` or ``error``.
-        doing: ``reading``, ``calibrating``, ``solving`` or ``committing``.
+        doing: ``reading``, ``calibrating``, ``sketching``, ``solving`` or ``committing``.
         error: the reason in words.
         time: unix time.
         quarantined: whether the unit was set aside after it.

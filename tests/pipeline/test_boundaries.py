@@ -101,3 +101,15 @@ def test_cleared_boundaries_leave_nothing_not_even_of_those_that_were_never_comp
     Boundaries(area).save(8, 0, hidden(0))
     Boundaries(area).clear()
     assert area.store.list() == {}
+
+
+def test_gradients_lie_beside_the_boundaries_and_begin_at_the_head(area):
+    save(area, 4)
+    gradients = Boundaries(area, "gradients", given=6)
+    assert gradients.available() == {6}
+    gradients.complete(4, [gradients.save(4, 0, hidden(7))])
+    assert gradients.available() == {4, 6}
+    assert torch.equal(gradients.load(4, 0), hidden(7))
+    assert torch.equal(Boundaries(area).load(4, 0), hidden(0))
+    gradients.clear()
+    assert (gradients.available(), Boundaries(area).available()) == ({6}, {0, 4})

@@ -20,7 +20,8 @@ from srr_dist.pipeline.cluster import Cluster, connected
 from srr_dist.pipeline.driver import finish
 from srr_dist.pipeline.memory import Budget
 from srr_dist.pipeline.prepare import make_run, open_sources
-from srr_dist.pipeline.stage import Stage, StagePlan
+from srr_dist.pipeline.stage import Stage
+from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.store import BlockRecord, RunArea, read_complete
 from tests.commands import wait_until
 from tests.conftest import RayCluster

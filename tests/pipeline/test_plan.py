@@ -13,7 +13,7 @@ from srr_dist.pipeline.cluster import Cluster
 from srr_dist.pipeline.memory import PROCESS_BYTES, Budget
 from srr_dist.pipeline.plan import Plan, make_plan, output_bytes, rest_bytes, smaller
 from srr_dist.pipeline.run import Run
-from srr_dist.pipeline.work import stage_plans
+from srr_dist.pipeline.stage_plan import stage_plans
 from tests.families import build
 
 PLENTY = Budget(2**40, None)
@@ -77,7 +77,7 @@ def test_smaller_plan_has_half_the_blocks_until_one_is_left(model, text):
 
 def test_stages_are_told_where_sequences_enter_and_leave(model, text):
     found = plan(make_run(model, text), workers=2, blocks_per_stage=2)
-    first, second = (stage_plans(window, number, found) for number, window in enumerate(found.windows))
+    first, second = (stage_plans(window, number, found.planned_memory()) for number, window in enumerate(found.windows))
     assert [(part.start, part.save, part.last) for part in first] == [(0, None, False), (None, 4, True)]
     assert [(part.start, part.save, part.last) for part in second] == [(4, None, False), (None, None, True)]
     assert [(part.stage, part.window, part.blocks) for part in second] == [(0, 1, (4,)), (1, 1, (5,))]
@@ -87,7 +87,11 @@ def test_stages_are_told_where_sequences_enter_and_leave(model, text):
 
 def test_run_without_calibration_reads_and_stores_no_boundary(model):
     found = plan(make_run(model, None, scaling="identity"), blocks_per_stage=2)
-    parts = [part for number, window in enumerate(found.windows) for part in stage_plans(window, number, found)]
+    parts = [
+        part
+        for number, window in enumerate(found.windows)
+        for part in stage_plans(window, number, found.planned_memory())
+    ]
     assert [(part.start, part.save) for part in parts] == [(None, None)] * 3
     assert found.traffic()["boundaries written and read"] == 0
 

@@ -27,7 +27,8 @@ from srr_dist.pipeline.failures import UnitError
 from srr_dist.pipeline.memory import layers_at_once
 from srr_dist.pipeline.run import Run, unit_name
 from srr_dist.pipeline.solving import BlockSolver
-from srr_dist.pipeline.stage import Stage, StagePlan
+from srr_dist.pipeline.stage import Stage
+from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.solve import Metric, solve_layer
 from srr_dist.store import BlockRecord
 from srr_dist.store.records import REST

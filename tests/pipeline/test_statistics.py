@@ -16,7 +16,8 @@ from srr_dist.config import QuantizeConfig, RunConfig
 from srr_dist.pipeline.driver import blocks_at_rest, quantize
 from srr_dist.pipeline.prepare import make_run, open_sources
 from srr_dist.pipeline.run import Run
-from srr_dist.pipeline.stage import Stage, StagePlan
+from srr_dist.pipeline.stage import Stage
+from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.store import ObjectStore, RunArea
 from tests.conftest import Job

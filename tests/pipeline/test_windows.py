@@ -16,6 +16,7 @@ from srr_dist.pipeline.windows import (
     following,
     next_window,
     next_window_at_rest,
+    next_window_back,
     reachable,
 )
 
@@ -30,6 +31,22 @@ def resumed_runs(draw) -> tuple[int, set[int], set[int]]:
     count = draw(COUNTS)
     pending = draw(st.sets(st.integers(0, count - 1), min_size=1))
     return count, pending, {0} | draw(st.sets(st.integers(0, count - 1)))
+
+
+def follow_back(
+    count: int, pending: Collection[int], boundaries: Collection[int], gradients: Collection[int], *capacity: int
+) -> list[Window]:
+    """The windows of a walk back: what the driver does with sketches, boundaries and gradients between two calls."""
+    left, stored, behind, windows = set(pending), set(boundaries), set(gradients), []
+    uncalibrated = set(range(count))
+    while left:
+        window = next_window_back(left, uncalibrated, stored, behind, *capacity)
+        windows.append(window)
+        (left if window.then == "back" else uncalibrated).difference_update(window.collect)
+        if window.save is not None:
+            (behind if window.then == "back" else stored).add(window.save)
+        assert len(windows) <= 3 * count, "the walk does not end"
+    return windows
 
 
 def follow(pending: Collection[int], boundaries: Collection[int], stages: int, per_stage: int) -> list[Window]:
@@ -174,3 +191,46 @@ def test_windows_at_rest_hold_each_block_once_and_suspects_alone(ready, stages, 
         left -= window.collect
         held += window.blocks
     assert sorted(held) == sorted(ready)
+
+
+@st.composite
+def resumed_walks(draw) -> tuple[int, set[int], set[int], set[int]]:
+    """Blocks of a model, those without a sketch (at least one), boundaries and gradients that are stored."""
+    count, pending, boundaries = draw(resumed_runs())
+    return count, pending, boundaries, {count} | draw(st.sets(st.integers(1, count)))
+
+
+@given(resumed_walks(), STAGES, PER_STAGE)
+def test_walk_back_sketches_every_pending_block_once_from_the_end(walk, stages, per_stage):
+    back = [window for window in follow_back(*walk, stages, per_stage) if window.then == "back"]
+    sketched = [block for window in back for block in sorted(window.collect, reverse=True)]
+    assert sketched == sorted(walk[1], reverse=True)
+
+
+@given(resumed_walks(), STAGES, PER_STAGE)
+def test_window_back_lies_between_a_boundary_and_gradients_that_are_there(walk, stages, per_stage):
+    _, _, boundaries, gradients = walk
+    for window in follow_back(*walk, stages, per_stage):
+        assert window.blocks == list(range(window.start, window.start + len(window.blocks)))
+        assert max(len(stage) for stage in window.stages) <= per_stage
+        assert len(window.stages) <= stages
+        assert window.start in boundaries
+        if window.then == "back":
+            assert window.blocks[-1] + 1 in gradients
+            gradients = gradients | {window.save}
+        else:
+            assert window.save == window.blocks[-1] + 1
+            boundaries = boundaries | {window.save}
+
+
+@given(COUNTS, STAGES, PER_STAGE)
+def test_walk_over_a_whole_model_passes_each_block_forward_once_and_back_once(count, stages, per_stage):
+    windows = follow_back(count, range(count), {0}, {count}, stages, per_stage)
+    forward, back = ([w for w in windows if w.then == then] for then in ("nothing", "back"))
+    assert windows == forward + back
+    last = back[0].start
+    assert [block for window in forward for block in window.blocks] == list(range(last))
+    assert sorted(block for window in back for block in window.blocks) == list(range(count))
+    assert all(window.collect == set(window.blocks) for window in windows)
+    assert back[-1].save is None
+    assert len(windows) <= 2 * len(all_windows(count, stages, per_stage)) + 1

@@ -1,0 +1,213 @@
+"""Kronecker factors of a linear layer's Fisher information, summed over the gradients of sequences.
+
+``KL(original ‖ quantized) ≈ ½ vec(Δ)ᵀ F vec(Δ)`` with ``F = E[vec(G_s) vec(G_s)ᵀ]``, where ``G_s = Σ_t g_t x_tᵀ``, of
+shape ``[m, n]``, is a sequence's gradient of the weight. A sketch stands for F as ``H_O ⊗ H_I``, up to a factor of the
+layer, so that the error of its weight is ``tr(H_O Δ H_I Δᵀ)`` (YAQA, arXiv 2505.22988).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from srr_dist.calibration.moments import InputMoment, gram, moment_bytes
+
+_TRIANGLE = 5 / 8
+"""Share of a symmetric product that a moment computes."""
+
+
+def sketch_sides(kind: str, m: int, n: int) -> dict[str, tuple[int, str]]:
+    """The sides that a sketch sums, with each one's width and its scaling as a moment."""
+    match kind:
+        case "full":
+            return {"output": (m, "exact")}
+        case "diag":
+            return {"output": (m, "diag")}
+        case "scalar":
+            return {"output": (1, "diag")}
+    return {"output": (m, "exact"), "input": (n, "exact")}
+
+
+def sketch_bytes(kind: str, m: int, n: int) -> int:
+    """Memory of one sketch, in bytes: its sums, and in float32 the side that rounds of A weight the other by."""
+    sums = sum(moment_bytes(width, scaling) for width, scaling in sketch_sides(kind, m, n).values())
+    return sums + (4 * max(m, n) ** 2 if kind.startswith("A:") else 0)
+
+
+def sketch_passes(kind: str) -> int:
+    """How often a sketch has to see all sequences."""
+    return 1 + 2 * int(kind.removeprefix("A:")) if kind.startswith("A:") else 1
+
+
+class Sketch:
+    """Accumulates one layer's factors.
+
+    ========== =============================================== =========================================== ===========
+    kind       H_O                                             H_I                                         source
+    ========== =============================================== =========================================== ===========
+    B          ``E_s[G_s G_sᵀ] / n``                           ``E_s[G_sᵀ G_s] / m``                       YAQA
+    A:R        ``E_t[(xᵀ H_I x) g gᵀ] / ‖H_I‖²``, R times,     ``E_t[x xᵀ]`` at first, then                YAQA
+               after each H_I but the last                     ``E_t[(gᵀ H_O g) x xᵀ] / ‖H_O‖²``
+    full       ``E_t[g gᵀ]``                                   not summed: the moment ``E_t[x xᵀ]``        K-FAC
+    diag       its diagonal                                    the same
+    scalar     the mean of that                                the same
+    ========== =============================================== =========================================== ===========
+
+    B has no bias, and takes its variance from sequences; A takes tokens for independent of each other, which they are
+    not, and has a small variance.
+
+    Args:
+        kind: one of the names above, R a number of rounds.
+        m: outputs of the layer.
+        n: its inputs.
+        device: where gradients are; products are computed there.
+        totals: side -> float64 zeros to add into, as ``InputMoment`` takes them; allocated on ``device`` by default.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        m: int,
+        n: int,
+        device: torch.device | str = "cpu",
+        totals: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.sides = {
+            side: InputMoment(width, scaling, device, (totals or {}).get(side))
+            for side, (width, scaling) in sketch_sides(kind, m, n).items()
+        }
+        self._passed = 0
+        self._weight: Tensor | None = None
+
+    def update(self, x: Tensor, g: Tensor) -> None:
+        """Add one sequence: inputs ``x: [T, n]`` and gradients ``g: [T, m]`` at the outputs.
+
+        Since any token reaches all others, one with NaN or Inf leaves its whole sequence out, which is counted.
+        """
+        if not _finite(x, g):
+            for side in self._summed():
+                self.sides[side].excluded += len(x)
+        elif self.kind == "B":
+            self._add_gradient(x, g)
+        elif self.kind.startswith("A:"):
+            self._add_weighted(x, g)
+        else:
+            output = self.sides["output"]
+            output.update(g.reshape(-1, output.features))
+
+    def turn(self) -> None:
+        """All sequences were added: go on with the other side, where there are passes left."""
+        if self._passed + 1 < sketch_passes(self.kind):
+            (side,) = self._summed()
+            H = self.sides[side].value().float()
+            self._weight = H / H.square().sum(-1).sum()  # in two steps, whose bits do not depend on threads
+            self._passed += 1
+            (side,) = self._summed()
+            self.sides[side].clear()
+
+    def merge(self, other: Sketch) -> None:
+        """Add what another sketch of this kind was fed in the same pass."""
+        for side, moment in self.sides.items():
+            moment.merge(other.sides[side])
+
+    def value(self) -> dict[str, Tensor]:
+        """Side -> factor, float64: ``output`` ``[m, m]``, ``[m]`` or ``[1]``, and ``input`` ``[n, n]`` where summed."""
+        return {side: moment.value() for side, moment in self.sides.items()}
+
+    def _add_gradient(self, x: Tensor, g: Tensor) -> None:
+        (tokens, n), m = x.shape, g.shape[1]
+        if gradient_is_cheaper(tokens, m, n):
+            G = gram(g, x)
+            self.sides["input"].update(G)
+            self.sides["output"].update(G.mT)
+        else:
+            self._add_through_tokens("input", x, g)
+            self._add_through_tokens("output", g, x)
+
+    def _add_through_tokens(self, side: str, own: Tensor, other: Tensor) -> None:
+        """``GᵀG = Xᵀ (g gᵀ) X`` and ``G Gᵀ = gᵀ (X Xᵀ) g``, without G."""
+        own, tokens = own.float(), gram(other.mT, other.mT)
+        self.sides[side].add(own, tokens @ own, rows=other.shape[1])
+
+    def _summed(self) -> list[str]:
+        """The sides that this pass adds to: A begins with the input, and takes turns."""
+        if not self.kind.startswith("A:"):
+            return list(self.sides)
+        return ["output" if self._passed % 2 else "input"]
+
+    def _add_weighted(self, x: Tensor, g: Tensor) -> None:
+        (side,) = self._summed()
+        rows, fixed = (x, g) if side == "input" else (g, x)
+        if self._weight is not None:
+            fixed = fixed.float()
+            weight = ((fixed @ self._weight) * fixed).sum(-1, keepdim=True)
+            rows = rows * weight.clamp_min(0.0).sqrt()
+        self.sides[side].update(rows)
+
+
+class HeldOut:
+    """Gradients of a few sequences that no sketch has seen: what an error Δ will cost, without Kronecker's form.
+
+    Of each sequence is kept what is smaller, in bfloat16: its gradient ``G_s: [m, n]``, or the inputs and gradients of
+    its tokens, ``X: [T, n]`` and ``g: [T, m]``.
+
+    Args:
+        kept: per sequence ``(G_s,)`` or ``(X, g)``.
+    """
+
+    def __init__(self, kept: Iterable[tuple[Tensor, ...]] = ()) -> None:
+        self.kept = list(kept)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> HeldOut:
+        """What ``tensors`` once gave."""
+        return cls(zip(*tensors.values(), strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept of S sequences: ``G: [S, m, n]``, or ``X: [S, T, n]`` and ``g: [S, T, m]``."""
+        parts = [torch.stack(part) for part in zip(*self.kept, strict=True)]
+        return dict(zip(("G",) if len(parts) == 1 else ("X", "g"), parts, strict=True))
+
+    def keep(self, x: Tensor, g: Tensor) -> None:
+        """Keep one sequence, ``x: [T, n]`` and ``g: [T, m]``."""
+        parts = (gram(g, x),) if _gradient_is_smaller(len(x), g.shape[1], x.shape[1]) else (x, g)
+        self.kept.append(tuple(part.to("cpu", torch.bfloat16, copy=True) for part in parts))
+
+    def second_order(self, error: Tensor) -> float:
+        """``mean_s ⟨Δ, G_s⟩²`` of ``error`` Δ ``[m, n]``: twice the KL of a sequence, to second order.
+
+        Sequences with NaN or Inf do not count; NaN if none is left.
+        """
+        products = [_inner_product(error.float(), *(part.to(error.device) for part in parts)) for parts in self.kept]
+        squares = [product**2 for product in products if math.isfinite(product)]
+        return sum(squares) / len(squares) if squares else math.nan
+
+
+def held_out_bytes(tokens: int, m: int, n: int) -> int:
+    """Memory of one sequence that is held out, in bytes."""
+    return 2 * (m * n if _gradient_is_smaller(tokens, m, n) else tokens * (m + n))
+
+
+def gradient_is_cheaper(tokens: int, m: int, n: int) -> bool:
+    """Whether both products of G take fewer operations from G itself than through the products of tokens."""
+    through_gradient = tokens * m * n + _TRIANGLE * m * n * (m + n)
+    through_tokens = 2 * tokens**2 * (m + n) + _TRIANGLE * tokens * (m**2 + n**2)
+    return through_gradient <= through_tokens
+
+
+def _gradient_is_smaller(tokens: int, m: int, n: int) -> bool:
+    return m * n <= tokens * (m + n)
+
+
+def _finite(x: Tensor, g: Tensor) -> bool:
+    return bool(torch.isfinite(x.sum(dtype=torch.float32) + g.sum(dtype=torch.float32)))
+
+
+def _inner_product(error: Tensor, first: Tensor, g: Tensor | None = None) -> float:
+    """``⟨Δ, G⟩`` from G, or from X and g as ``Σ_t g_tᵀ Δ x_t``."""
+    terms = error * first if g is None else first.float() @ error.mT * g
+    return float(terms.sum(-1, dtype=torch.float64).sum())

@@ -1,0 +1,216 @@
+"""Sketches against sums of whole gradients in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from srr_dist.calibration import sketches
+from srr_dist.calibration.sketches import (
+    HeldOut,
+    Sketch,
+    gradient_is_cheaper,
+    held_out_bytes,
+    sketch_bytes,
+    sketch_passes,
+)
+from tests.solve.problems import with_threads
+
+KINDS = ("B", "A:1", "A:3", "full", "diag", "scalar")
+TALL, WIDE = (90, 12, 20), (5, 24, 40)
+"""T, m and n: many tokens, of which G is formed, and few, of which it is not."""
+
+Pair = tuple[Tensor, Tensor]
+
+
+def pairs(shape: tuple[int, int, int], count: int = 6, dtype: torch.dtype = torch.float32) -> list[Pair]:
+    """Inputs and gradients of sequences, correlated, with columns of very different size."""
+    tokens, m, n = shape
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        x = torch.randn(tokens, n, generator=generator) * torch.logspace(0, -1, n)
+        g = torch.randn(tokens, m, generator=generator) * torch.logspace(-3, -5, m) * (1.0 + x[:, :1].abs())
+        found.append((x.to(dtype), g.to(dtype)))
+    return found
+
+
+def summed(kind: str, data: list[Pair]) -> Sketch:
+    sketch = Sketch(kind, data[0][1].shape[1], data[0][0].shape[1])
+    for _ in range(sketch_passes(kind)):
+        for x, g in data:
+            sketch.update(x, g)
+        sketch.turn()
+    return sketch
+
+
+def by_definition(kind: str, data: list[Pair]) -> dict[str, Tensor]:
+    data = [(x.double(), g.double()) for x, g in data]
+    x, g = torch.cat([x for x, _ in data]), torch.cat([g for _, g in data])
+    full = g.mT @ g / len(g)
+    match kind:
+        case "B":
+            gradients = torch.stack([g.mT @ x for x, g in data])
+            m, n = gradients.shape[1:]
+            products = {"output": gradients @ gradients.mT / n, "input": gradients.mT @ gradients / m}
+            return {side: product.mean(0) for side, product in products.items()}
+        case "full":
+            return {"output": full}
+        case "diag":
+            return {"output": full.diagonal()}
+        case "scalar":
+            return {"output": full.diagonal().mean(0, keepdim=True)}
+    H_I = x.mT @ x / len(x)
+    for _ in range(int(kind[2:])):
+        H_O = torch.einsum("ti,ij,tj,tp,tq->pq", x, H_I, x, g, g) / len(x) / H_I.square().sum()
+        H_I = torch.einsum("tp,pq,tq,ti,tj->ij", g, H_O, g, x, x) / len(x) / H_O.square().sum()
+    return {"output": H_O, "input": H_I}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [TALL, WIDE, (1, 1, 1), (3, 1, 7)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_are_those_of_float64(kind, shape, dtype):
+    data = pairs(shape, dtype=dtype)
+    found, expected = summed(kind, data).value(), by_definition(kind, data)
+    assert found.keys() == expected.keys()
+    for side, factor in found.items():
+        error = (factor - expected[side]).norm() / expected[side].norm()
+        assert float(error) < 3e-6, side
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(512, 96, 160), (64, 192, 320)], ids=str)
+def test_factors_are_bitwise_the_same_for_any_threads(kind, shape):
+    data = pairs(shape, count=2)
+    first, second = (with_threads(n, lambda: summed(kind, data).value()) for n in (1, 2))
+    assert all(torch.equal(first[side], second[side]) for side in first)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=str)
+def test_factors_do_not_depend_on_whether_the_gradient_is_formed(monkeypatch, shape):
+    values = []
+    for formed in (True, False):
+        monkeypatch.setattr(sketches, "gradient_is_cheaper", lambda *_, formed=formed: formed)
+        values.append(summed("B", pairs(shape)))
+    formed, through_tokens = values
+    for side in ("output", "input"):
+        torch.testing.assert_close(formed.value()[side], through_tokens.value()[side], rtol=1e-4, atol=1e-12)
+        assert formed.sides[side].tokens == through_tokens.sides[side].tokens
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [(TALL, True), (WIDE, False), ((1024, 576, 1536), True), ((2048, 8192, 28672), False), ((2048, 1024, 8192), True)],
+    ids=str,
+)
+def test_gradient_is_formed_where_that_takes_fewer_operations(shape, expected):
+    assert gradient_is_cheaper(*shape) is expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_shards_add_up(kind):
+    data = pairs(TALL)
+    whole, first, second = (Sketch(kind, 12, 20) for _ in range(3))
+    for index, pair in enumerate(data):
+        whole.update(*pair)
+        (first if index < 2 else second).update(*pair)
+    first.merge(second)
+    for side, factor in first.value().items():
+        torch.testing.assert_close(factor, whole.value()[side], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spoiled", [0, 1], ids=["input", "gradient"])
+def test_sequence_that_is_not_finite_is_left_out_whole_and_counted(kind, spoiled):
+    data = pairs(TALL, count=4)
+    bad = [tensor.clone() for tensor in data[1]]
+    bad[spoiled][7, 3] = torch.nan
+    found, expected = summed(kind, [data[0], tuple(bad), *data[2:]]), summed(kind, [data[0], *data[2:]])
+    for side, factor in expected.value().items():
+        assert torch.equal(found.value()[side], factor)
+        assert found.sides[side].excluded == TALL[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sketch_bytes_is_the_size_of_the_sums_and_of_a_weight(kind):
+    sketch = Sketch(kind, 12, 20)
+    sums = sum(side.total.nbytes for side in sketch.sides.values())
+    for x, g in pairs(TALL, count=1):
+        sketch.update(x, g)
+        sketch.turn()
+    weight = sketch._weight.nbytes if sketch._weight is not None else 0
+    assert sketch_bytes(kind, 12, 20) == sums + weight
+    assert bool(weight) == kind.startswith("A:")
+
+
+def distance(kind: str, data: list[Pair]) -> float:
+    """Of the best multiple of ``H_O ⊗ H_I`` from the second moment of tokens' gradients, as a share of it."""
+    x, g = (torch.cat([pair[i] for pair in data]).double() for i in (0, 1))
+    tokens = torch.einsum("tp,ti->tpi", g, x).flatten(1)
+    F = tokens.mT @ tokens / len(tokens)
+    factors = summed(kind, data).value()
+    product = torch.kron(factors["output"], factors["input"])
+    share = (F * product).sum() / product.norm() / F.norm()
+    return float((1.0 - share.square()).clamp_min(0.0).sqrt())
+
+
+def test_rounds_bring_sketch_a_to_the_nearest_kronecker_product():
+    data = pairs((40, 5, 7))
+    distances = [distance(kind, data) for kind in ("A:1", "A:2", "A:6", "A:7")]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] > distances[-1]
+    assert distances[-2] - distances[-1] < 1e-4
+
+
+def test_sketch_b_of_independent_factors_finds_both():
+    """``G = A Z B`` with Z white has ``E[vec(G) vec(G)ᵀ] = A Aᵀ ⊗ Bᵀ B``."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(6, 6, generator=generator), torch.randn(9, 9, generator=generator)
+    sketch = Sketch("B", 6, 9)
+    for _ in range(4000):
+        sketch.update(torch.randn(6, 9, generator=generator) @ B, A.mT)
+    for side, expected in (("output", A @ A.mT), ("input", B.mT @ B)):
+        found = sketch.value()[side].float()
+        assert float((found / found.norm() - expected / expected.norm()).norm()) < 0.05
+
+
+def held_out(data: list[Pair]) -> HeldOut:
+    held = HeldOut()
+    for x, g in data:
+        held.keep(x, g)
+    return held
+
+
+@pytest.mark.parametrize(("shape", "names"), [(TALL, ["G"]), (WIDE, ["X", "g"])], ids=str)
+def test_held_out_gradients_measure_an_error_as_float64_does(shape, names):
+    data, error = pairs(shape), torch.randn(shape[1], shape[2], generator=torch.Generator().manual_seed(1))
+    held = held_out(data)
+    expected = sum(float((error * (g.mT @ x)).sum().double() ** 2) for x, g in data) / len(data)
+    assert held.second_order(error) == pytest.approx(expected, rel=0.03)
+    assert held.second_order(torch.zeros_like(error)) == 0.0
+    assert list(held.tensors()) == names
+    assert sum(tensor.nbytes for tensor in held.tensors().values()) == len(data) * held_out_bytes(*shape)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=str)
+def test_held_out_gradients_come_back_from_their_tensors(shape):
+    held, error = held_out(pairs(shape)), torch.ones(shape[1], shape[2])
+    again = HeldOut.of(held.tensors())
+    assert len(again.kept) == 6
+    assert again.second_order(error) == held.second_order(error)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=str)
+def test_held_out_gradients_are_copies_and_those_that_are_not_finite_do_not_count(shape):
+    (x, g), *_ = pairs(shape, dtype=torch.bfloat16)
+    held, error = held_out([(x, g)]), torch.ones(shape[1], shape[2])
+    before = held.second_order(error)
+    g[0, 0] = torch.inf
+    assert held.second_order(error) == before
+    held.keep(x, g)
+    assert held.second_order(error) == before
+    assert math.isnan(held_out([(x, g)]).second_order(error))
