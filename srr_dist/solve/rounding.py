@@ -14,6 +14,7 @@ beside all the others: ``q_j ← round(q_j + (δ H)_j / H_jj)``. Where feedback 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -123,9 +124,6 @@ def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tenso
 def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U: Tensor, grid: Grid) -> Tensor:
     """Round inputs, which are rows here, from the first to the last, each moving the targets of those after it.
 
-    A range of inputs is rounded half by half, and between its halves what the first moved reaches the targets of the
-    second in one product; only inside a short range does it go from input to input.
-
     Args:
         moved: float32 ``[n, m]``, what each input had before; becomes how far it has moved.
         target: float32 ``[n, m]``, what each input would be if no other moved; overwritten.
@@ -137,23 +135,40 @@ def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U
     Returns:
         Codes, of the grid's type ``[n, m]``.
     """
-    codes = torch.empty_like(target)
-
-    def round_range(start: int, stop: int) -> None:
-        if stop - start > _RANGE:
-            middle = start + max(_RANGE, (stop - start) // (2 * _RANGE) * _RANGE)
-            round_range(start, middle)
+    codes = torch.empty(target.shape, dtype=grid.dtype, device=target.device)
+    for start, middle, stop in _halves(0, len(target)):
+        if middle < stop:
             target[middle:stop].addmm_(U[start:middle, middle:stop].mT, moved[start:middle])
-            round_range(middle, stop)
-            return
-        here = slice(start, stop)
-        # Views of all rows at once: for a few hundred outputs, taking them one by one would cost more than the sums.
-        rows = zip(*(each[here].unbind() for each in (target, steps, codes, moved, U[:, here])), strict=True)
-        shifts = [None] * (stop - start) if zeros is None else zeros[here].unbind()
-        for after, ((goal, step, code, change, U_j), zero) in enumerate(zip(rows, shifts, strict=True), 1):
-            grid.clamp_(torch.round(grid.position(goal / step), out=code), zero)
-            change.sub_((grid.points(code) * step).bfloat16())  # as readers will hold it
-            target[start + after : stop].addr_(U_j[after:], change)
+        else:
+            here = slice(start, stop)
+            own = None if zeros is None else zeros[here]
+            codes[here] = _one_by_one(moved[here], target[here], steps[here], own, U[here, here], grid)
+    return codes
 
-    round_range(0, len(target))
-    return codes.to(grid.dtype)
+
+def _one_by_one(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U: Tensor, grid: Grid) -> Tensor:
+    """The sweep of one short range, from input to input; codes in float32."""
+    codes = torch.empty_like(target)
+    # Views of all rows at once: for a few hundred outputs, taking them one by one would cost more than the sums.
+    rows = zip(*(each.unbind() for each in (target, steps, codes, moved, U)), strict=True)
+    shifts = [None] * len(target) if zeros is None else zeros.unbind()
+    for after, ((goal, step, code, change, U_j), zero) in enumerate(zip(rows, shifts, strict=True), 1):
+        grid.clamp_(torch.round(grid.position(goal / step), out=code), zero)
+        change.sub_((grid.points(code) * step).bfloat16())  # as readers will hold it
+        target[after:].addr_(U_j[after:], change)
+    return codes
+
+
+def _halves(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The order of a sweep: each range half by half, and between its halves ``(start, middle, stop)``.
+
+    There, what the first half moved reaches the targets of the second in one product. Only inside a short range, which
+    is its own first half, does it go from input to input.
+    """
+    if stop - start <= _RANGE:
+        yield start, stop, stop
+        return
+    middle = start + max(_RANGE, (stop - start) // (2 * _RANGE) * _RANGE)
+    yield from _halves(start, middle)
+    yield start, middle, stop
+    yield from _halves(middle, stop)
