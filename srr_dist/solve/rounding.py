@@ -46,7 +46,10 @@ class Feedback:
 
 
 def feedback_of(H: Tensor) -> Feedback:
-    """Factor a moment, float32 ``[n, n]`` of mean diagonal about 1, in float64; the caller keeps it to one thread."""
+    """Factor a moment, float32 ``[n, n]`` (``[n]``) of mean diagonal about 1, in float64; the caller's one thread."""
+    if H.dim() == 1:
+        n = H.shape[0]
+        return Feedback(torch.arange(n, device=H.device), torch.eye(n, device=H.device), H + DAMPING, DAMPING)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
     backwards = order.flip(0)  # the Cholesky factor of the reversed matrix, reversed, is upper triangular
     factor, damping = _cholesky(H[backwards[:, None], backwards].double())
