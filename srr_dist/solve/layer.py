@@ -56,7 +56,8 @@ class LayerSolution(Stored):
             ``criterion``, ``chosen`` before and ``stored`` after the factors are rounded; ``tr(Δ H Δᵀ)``), energy
             (``tr(W H Wᵀ)``), candidates (k -> objective), search (the same of all k that a search tried, with the
             plainest quantizer), iteration (which one was kept, 0 for none; descent counts on), singular_values, seed,
-            damping, bits_per_weight, seconds.
+            damping, bits_per_weight, seconds. Under a metric with an output side also damping_output; objective and
+            energy are then ``tr(H_O Δ H Δᵀ)`` and ``tr(H_O W H Wᵀ)``, with ``H_O`` so damped.
     """
 
     singular_values: Tensor
@@ -68,7 +69,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
 
     Args:
         W: ``[m, n]``, any float type, finite; solved in float32.
-        metric: the moment of the layer's input, n inputs.
+        metric: the moment of the layer's input, n inputs, and of its output, m outputs, if it has that side.
         name: full module name; seeds the layer's random numbers.
         options: method, grid, rank, split, form.
 
@@ -80,7 +81,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
     contest, k_criterion, search = _choose(problem)
     searched = search.objectives if search else {}
     chosen, objectives = problem.improved(contest.best), contest.objectives
-    L, R = _stored_factors(chosen.L, chosen.R)
+    L, R = _stored_factors(chosen.L, chosen.R, metric)
     stored = metric.remainder(problem.W - chosen.Q, chosen.error, L.float(), R.float())
     sigma = (chosen.energies * metric.unit).sqrt().float()
     m, n = W.shape
@@ -107,6 +108,8 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
         "bits_per_weight": options.quantizer.grid.bits_per_weight(n) + 16 * problem.rank * (m + n) / (m * n),
         "seconds": {"solve": time.perf_counter() - started, "search": search.seconds if search else 0.0},
     }
+    if metric.outputs is not None:
+        result["damping_output"] = metric.outputs.damping
     return LayerSolution(chosen.codes, chosen.scale, L, R, sigma, result)
 
 
@@ -190,16 +193,16 @@ def remeasured(W: Tensor, metric: Metric, solution: LayerSolution, changed: Stor
         grid: of the codes.
     """
     error = W.float() - grid.dequantize(changed.codes, changed.scale)
-    found = principal(changed.L.float(), changed.R.float(), metric)
-    L, R = _stored_factors(*found[:2])
+    *factors, energies = principal(metric.whitened(changed.L.float()), changed.R.float(), metric.inputs)
+    L, R = _stored_factors(*metric.unwhitened(*factors), metric)
     stored = metric.remainder(error, metric.energy(error), L.float(), R.float())
-    sigma = (found[2] * metric.unit).sqrt().float()
+    sigma = (energies * metric.unit).sqrt().float()
     objective = solution.result["objective"] | {"stored": metric.unit * stored}
     result = solution.result | {"objective": objective, "singular_values": sigma.tolist()}
     return LayerSolution(changed.codes, changed.scale, L, R, sigma, result)
 
 
-def _stored_factors(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+def _stored_factors(L: Tensor, R: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     """L and R in bfloat16, each pair of a column and a row of about equal length, as fine-tuning wants them.
 
     Once L is rounded, R is fitted to the rounded L, so that only R's own rounding is left: where the adapter captures
@@ -207,4 +210,4 @@ def _stored_factors(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """
     lengths = R.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
     stored = (L * lengths).bfloat16()
-    return stored, refit(stored.float(), L, R).bfloat16()
+    return stored, refit(metric.whitened(stored.float()), metric.whitened(L), R).bfloat16()

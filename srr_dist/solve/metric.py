@@ -1,4 +1,9 @@
-"""The metric of a layer's inputs: every product with H, and the sums in float64 where they decide.
+"""The metric of a layer: every product with H, and the sums in float64 where they decide.
+
+``tr(E H Eᵀ)`` weighs errors by the moment of the layer's inputs. With a moment ``H_O: [m, m]`` of its outputs beside
+it the error is ``tr(H_O E H Eᵀ)`` (YAQA, arXiv 2505.22988; there both come from gradients of the network's own loss).
+For ``H_O = C Cᵀ`` it is that of ``Cᵀ E`` in the metric of the inputs, so that whatever is known of one side holds for
+both once rows are whitened: the best ``L R`` for E has ``Cᵀ L R`` best for ``Cᵀ E``.
 
 Thin factorizations and float64 products with a small result run on one thread: they split their sums by the thread
 count and change their last bits with it, and results must not depend on how many cores a worker was given. Wide
@@ -7,27 +12,31 @@ float32 products do not (``lowrank.block_size`` keeps them wide).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from srr_dist.solve.rounding import Feedback, feedback_of
+from srr_dist.solve.rounding import DAMPING, Feedback, feedback_of
 from srr_dist.threads import one_thread
 
 
 @dataclass(frozen=True)
 class Metric:
-    """``‖E‖²_H = tr(E H Eᵀ)`` for a moment H that may be full or diagonal.
+    """``‖E‖²_H = tr(E H Eᵀ)`` for a moment H that may be full or diagonal, or ``tr(H_O E H Eᵀ)`` with an output side.
 
     Attributes:
         H: float32 ``[n, n]`` or, when diagonal, ``[n]``; scaled so that its mean diagonal is 1.
         unit: what one unit of the scaled metric is worth, so that ``unit · tr(E H Eᵀ)`` is ``E‖x Eᵀ‖²``.
+        outputs: the output side, a metric of m outputs with ``H_O`` in the place of H; None where all count alike. It
+            is used damped as for feedback, throughout and not for rounding alone, since its root is inverted.
     """
 
     H: Tensor
     unit: float = 1.0
+    outputs: Metric | None = None
     directions: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
     """Starting directions by their number, kept for all layers that share the input: ``lowrank.start_directions``."""
 
@@ -48,6 +57,15 @@ class Metric:
         (H.diagonal() if H.dim() == 2 else H).add_(shrinkage)
         return Metric(H, mean)
 
+    def beside(self, outputs: Metric) -> Metric:
+        """The same of the inputs, with an output side."""
+        return replace(self, unit=self.unit * outputs.unit, outputs=outputs)
+
+    @cached_property
+    def inputs(self) -> Metric:
+        """The same without an output side: what whitened rows are measured in."""
+        return self if self.outputs is None else replace(self, outputs=None)
+
     @property
     def diagonal(self) -> bool:
         """Whether H is stored as its diagonal."""
@@ -58,16 +76,27 @@ class Metric:
         """The diagonal of H, ``[n]``."""
         return self.H if self.diagonal else self.H.diagonal()
 
+    @property
+    def separate(self) -> bool:
+        """Whether errors of different outputs cannot make up for each other, so that every row is by itself."""
+        return self.outputs is None or self.outputs.diagonal
+
     @cached_property
     def feedback(self) -> Feedback:
-        """What rounding with error feedback takes from a full H; found once for all layers that share the input."""
+        """What rounding with error feedback takes from H; found once for all layers that share the input."""
         with one_thread():
             return feedback_of(self.H)
+
+    @property
+    def damping(self) -> float:
+        """What is added to the diagonal where H is used damped, as a share of its mean."""
+        return DAMPING if self.diagonal else self.feedback.damping
 
     def beyond(self, R: Tensor) -> Metric:
         """The metric of what no adapter with rows ``R: [r, n]`` makes up for: ``‖E‖² = min_X ‖E − X R‖²_H``.
 
-        ``H − H Rᵀ (R H Rᵀ)⁻¹ R H`` of a full H, in float64: a few massive inputs may be all that is taken away.
+        ``H − H Rᵀ (R H Rᵀ)⁻¹ R H`` of a full H, in float64: a few massive inputs may be all that is taken away. The
+        best X, ``E H Rᵀ (R H Rᵀ)⁻¹``, is the same for every output side, which stays what it is.
         """
         HR = self.left(R.mT)
         values, V = eigh(gram(R.mT, HR))
@@ -77,7 +106,42 @@ class Metric:
             rest = self.H.double().addmm_(taken, taken.mT, alpha=-1.0)
         rest.diagonal().clamp_(min=0.0)
         metric = Metric.of(rest)
-        return replace(metric, unit=metric.unit * self.unit)
+        return replace(metric, unit=metric.unit * self.unit, outputs=self.outputs)
+
+    def whitened(self, E: Tensor) -> Tensor:
+        """``Cᵀ E: [m, b]`` in float32, rows in the order of the output side's feedback; E itself without one."""
+        if self.outputs is None:
+            return E
+        if self.outputs.diagonal:
+            return E * (self.outputs.H + DAMPING).sqrt().unsqueeze(1)
+        side, thin = self.outputs.feedback, E.shape[1] < _THIN
+        with one_thread() if thin else nullcontext():
+            mixed: Tensor = side.U.mT @ E[side.order]
+        return mixed.mul_(side.D.sqrt().unsqueeze(1))
+
+    def unwhitened(self, U: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+        """L and R of ``U R``, an approximation of whitened rows, with columns of length 1 in L, in float64 on the way.
+
+        Args:
+            U: float32 ``[m, r]``, of length 1 in whitened rows.
+            R: float32 ``[r, n]``.
+        """
+        if self.outputs is None:
+            return U, R
+        L = self.outputs._unrooted(U.double())
+        lengths = L.norm(dim=0)
+        return (L / lengths).float(), (R.double() * lengths.unsqueeze(1)).float()
+
+    def _unrooted(self, X: Tensor) -> Tensor:
+        """``C⁻ᵀ X`` of this H, float64."""
+        if self.diagonal:
+            return X / (self.H + DAMPING).double().sqrt().unsqueeze(1)
+        L, lengths = torch.empty_like(X), self.feedback.D.double().sqrt().unsqueeze(1)
+        with one_thread():
+            L[self.feedback.order] = torch.linalg.solve_triangular(
+                self.feedback.U.double().mT, X / lengths, upper=False, unitriangular=True
+            )
+        return L
 
     def right(self, E: Tensor) -> Tensor:
         """``E H: [m, n]``."""
@@ -92,6 +156,7 @@ class Metric:
 
         H is symmetric, so that each pair of inputs is taken once: about half of the product ``E H``.
         """
+        E = self.whitened(E)
         if self.diagonal:
             return inner(self.right(E), E)
         n, total = E.shape[1], torch.zeros((), dtype=torch.float64)
@@ -108,14 +173,17 @@ class Metric:
 
         From thin products; where they would cancel to less than ``CANCELLATION``, measured on ``E − L R`` itself.
         """
-        HR = self.left(R.mT)
+        E, L, HR = self.whitened(E), self.whitened(L), self.left(R.mT)
         rest = energy - 2.0 * inner(E @ HR, L) + float((gram(L, L) * gram(R.mT, HR)).sum())
-        return rest if rest > CANCELLATION * energy else self.energy(E - L @ R)
+        return rest if rest > CANCELLATION * energy else self.inputs.energy(E - L @ R)
 
 
 CANCELLATION = 0.01
 """Share of an energy below which a difference of float32 energies has too few digits left (their own error: 1e-7)."""
 
+
+_THIN = 256
+"""Columns below which a product with the output side's root is left to one thread."""
 
 _RANK_SHARE = 1e-10
 """Share of the largest eigenvalue of ``R H Rᵀ`` below which R has nothing in a direction."""

@@ -25,7 +25,7 @@ class SolveOptions:
         form: ``joint`` (best rank-r approximation of W − Q) or ``split`` (P_k plus the best rank r − k of the rest).
         iterations: how often ``W − L R`` is quantized and W − Q approximated again, the best of all kept.
         descent: how often after that codes and scales descend from where they are, and W − Q is approximated again; not
-            under a diagonal metric, where codes that are nearest are best.
+            under a diagonal metric, where codes that are nearest are best, nor where outputs depend on each other.
         rounding_metric: what iterations and descent work in: ``full``, the metric itself, or ``downdated``, what is
             left of a full one beyond the adapter's rows.
         seed: the run's seed.
@@ -79,14 +79,16 @@ class Problem:
     def candidate(self, k: int, quantizer: Quantizer) -> Candidate:
         """Preserve k directions, quantize the residual, reconstruct with the rank that the form leaves."""
         U_k, R_k = self.weight.U[:, :k], self.weight.R[:k]
-        residual = self.W - U_k @ R_k  # W − P_k
+        L_k, scaled = self.metric.unwhitened(U_k, R_k)
+        residual = self.W - L_k @ scaled  # W − P_k
         codes, scale = quantizer.quantize(residual, self.metric)
         damping = quantizer.damping(self.metric)
         if self.options.form == "joint":
             return self._reconstructed(codes, scale, k, damping)
         Q = quantizer.grid.dequantize(codes, scale)
         found = self._subspace(residual - Q, self.rank - k)
-        L, R, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric)
+        *factors, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric.inputs)
+        L, R = self.metric.unwhitened(*factors)
         return Candidate(k, codes, scale, Q, L, R, energies, self.metric.energy(self.W - Q), found.tail, damping)
 
     def improved(self, start: Candidate) -> Candidate:
@@ -103,7 +105,8 @@ class Problem:
             current = replace(found, iteration=number)
             best = min(best, current, key=lambda candidate: candidate.objective)
         current = best
-        for number in range(anew + 1, anew + 1 + (0 if self.metric.diagonal else self.options.descent)):
+        descends = self.metric.separate and not self.metric.diagonal
+        for number in range(anew + 1, anew + 1 + (self.options.descent if descends else 0)):
             residual, metric = self._beside(current)
             codes, scale = self.options.quantizer.descend(residual, metric, current.codes, current.scale)
             current = replace(self._reconstructed(codes, scale, start.k, current.damping), iteration=number)
@@ -119,7 +122,9 @@ class Problem:
         """Give all ranks to the best approximation of ``W − Q``."""
         Q = self.options.quantizer.grid.dequantize(codes, scale)
         found = self._subspace(self.W - Q, self.rank)
-        return Candidate(k, codes, scale, Q, found.U, found.R, found.energies, found.total, found.tail, damping)
+        L, R = self.metric.unwhitened(found.U, found.R)
+        return Candidate(k, codes, scale, Q, L, R, found.energies, found.total, found.tail, damping)
 
     def _subspace(self, E: Tensor, rank: int) -> Subspace:
-        return leading_subspace(E, self.metric, rank, self.directions)
+        """Of E, in whitened rows."""
+        return leading_subspace(self.metric.whitened(E), self.metric.inputs, rank, self.directions)

@@ -13,6 +13,7 @@ from torch import Tensor
 from srr_dist.solve.grids import Grid
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.rounding import descend_codes, descend_scales, gptq
+from srr_dist.solve.wavefront import yaqa
 
 _CHUNK = 2**18
 """Entries that the search of scales works on at once: they stay in a core's cache."""
@@ -25,8 +26,10 @@ class Quantizer:
     Attributes:
         grid: the values there are.
         scales: ``absmax`` (the grid's own) or ``search`` (least error, each input weighted by its moment).
-        rounding: ``nearest`` or ``gptq`` (each input's error is made up for by the inputs after it). Under a diagonal
-            moment errors of different inputs cannot make up for each other, and the two are the same.
+        rounding: ``nearest``, ``gptq`` (each input's error is made up for by the inputs after it) or ``yaqa`` (and each
+            output's by the outputs after it, where the metric has an output side). Under a diagonal moment errors of
+            different inputs cannot make up for each other, nor those of different outputs without a full output side:
+            the roundings are then the same.
     """
 
     grid: Grid
@@ -40,6 +43,8 @@ class Quantizer:
     def quantize(self, W: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
         """Codes, of the grid's type ``[m, n]``, and scales, bfloat16 ``[m, groups]``."""
         scale, zero = self._scales(W, metric)
+        if self.rounding == "yaqa" and metric.outputs is not None and not metric.separate:
+            return yaqa(W, scale, self.grid, metric.feedback, metric.outputs.feedback, zero), scale
         if self._feeds_back(metric):
             return gptq(W, scale, self.grid, metric.feedback, zero), scale
         return self.grid.encode(W, scale, zero), scale
@@ -57,7 +62,7 @@ class Quantizer:
         return codes, scale
 
     def _feeds_back(self, metric: Metric) -> bool:
-        return self.rounding == "gptq" and not metric.diagonal
+        return self.rounding != "nearest" and not metric.diagonal
 
 
 def search_scales(W: Tensor, grid: Grid, weights: Tensor) -> tuple[Tensor, Tensor | None]:

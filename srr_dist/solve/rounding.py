@@ -36,21 +36,27 @@ class Feedback:
     Attributes:
         order: int64 ``[n]``, the inputs in the order in which they are rounded.
         U: float32 ``[n, n]``, unit upper triangular, rows and columns in this order.
+        D: float32 ``[n]``, positive, with ``U D Uᵀ`` the damped moment in this order.
         damping: what was added to the diagonal, as a share of its mean.
     """
 
     order: Tensor
     U: Tensor
+    D: Tensor
     damping: float
 
 
 def feedback_of(H: Tensor) -> Feedback:
-    """Factor a moment, float32 ``[n, n]`` of mean diagonal about 1, in float64; the caller keeps it to one thread."""
+    """Factor a moment, float32 ``[n, n]`` (``[n]``) of mean diagonal about 1, in float64; the caller's one thread."""
+    if H.dim() == 1:
+        n = H.shape[0]
+        return Feedback(torch.arange(n, device=H.device), torch.eye(n, device=H.device), H + DAMPING, DAMPING)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
     backwards = order.flip(0)  # the Cholesky factor of the reversed matrix, reversed, is upper triangular
     factor, damping = _cholesky(H[backwards[:, None], backwards].double())
-    factor.div_(factor.diagonal().clone())
-    return Feedback(order, factor.float().flip(0, 1), damping)
+    lengths = factor.diagonal().clone()
+    factor.div_(lengths)
+    return Feedback(order, factor.float().flip(0, 1), lengths.square_().float().flip(0), damping)
 
 
 def _cholesky(A: Tensor) -> tuple[Tensor, float]:

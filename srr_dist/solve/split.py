@@ -24,7 +24,7 @@ def layer_seed(seed: int, layer: str) -> int:
 def random_subspace(m: int, metric: Metric, rank: int, directions: Tensor, seed: int) -> Subspace:
     """The spectrum of ``N S`` for a random ``N: [m, n]``: what an error without structure looks like in the metric."""
     N = uniform((m, directions.shape[0]), torch.Generator().manual_seed(seed), directions.device)
-    return leading_subspace(N, metric, rank, directions)
+    return leading_subspace(metric.whitened(N), metric.inputs, rank, directions)
 
 
 def criterion_split(weight: Subspace, noise: Subspace, rank: int) -> int:

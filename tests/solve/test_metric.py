@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from srr_dist.solve import Metric
-from tests.solve.problems import moment, normal, objective, weight, with_threads
+from tests.solve.problems import MOMENTS, full, moment, normal, objective, weight, with_threads
 
 
 def least(E, R, H):
@@ -51,3 +51,78 @@ def test_metric_beyond_an_adapter_is_bitwise_the_same_again_and_for_any_threads(
     for threads in (1, 2):
         again = with_threads(threads, lambda: metric.beyond(R))
         assert torch.equal(first.H, again.H) and first.unit == again.unit
+
+
+def two_sided(kind, m=48, n=64):
+    """A metric with an output side, and both moments as it weighs them: float64, damped, in units of the objective."""
+    metric = Metric.of(moment("decaying", n)).beside(Metric.of(moment(kind, m, seed=5)))
+    H_O = full(metric.outputs.H.double()) + metric.outputs.damping * torch.eye(m, dtype=torch.float64)
+    return metric, metric.unit * H_O, metric.H.double()
+
+
+def weighed(E, H_O, H_I):
+    """``tr(H_O E H_I Eᵀ)`` by its definition."""
+    return float(torch.trace(H_O @ E.double() @ H_I @ E.double().mT))
+
+
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_energy_with_an_output_side_is_the_trace_with_both_moments(kind):
+    E, (metric, H_O, H_I) = weight(48, 64), two_sided(kind)
+    assert metric.unit * metric.energy(E) == pytest.approx(weighed(E, H_O, H_I), rel=1e-5)
+    assert metric.unit * metric.inputs.energy(metric.whitened(E)) == pytest.approx(weighed(E, H_O, H_I), rel=1e-5)
+    assert metric.separate == (kind == "diagonal") and metric.inputs.separate
+    assert metric.outputs.damping == 0.01
+
+
+@pytest.mark.parametrize("kind", MOMENTS)
+@pytest.mark.parametrize("left", [1.0, 1e-4])
+def test_remainder_with_an_output_side_is_the_energy_of_the_difference(kind, left):
+    metric, H_O, H_I = two_sided(kind)
+    L, R = normal(48, 6).float(), normal(6, 64, seed=1).float()
+    E = L @ R + left * weight(48, 64)
+    expected, total = (weighed(X, H_O, H_I) for X in (E.double() - L.double() @ R.double(), E))
+    found = metric.unit * metric.remainder(E, metric.energy(E), L, R)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-9 * total)
+
+
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_unwhitened_factors_are_the_same_approximation_of_the_rows_themselves(kind):
+    metric, _, _ = two_sided(kind)
+    U, R = torch.linalg.qr(normal(48, 6))[0].float(), normal(6, 64, seed=1).float()
+    L, scaled = metric.unwhitened(U, R)
+    torch.testing.assert_close(L.norm(dim=0), torch.ones(6), rtol=1e-5, atol=0)
+    torch.testing.assert_close(metric.whitened(L @ scaled), U @ R, rtol=1e-4, atol=1e-4)
+    alone = metric.inputs.unwhitened(U, R)
+    assert alone[0] is U and alone[1] is R and metric.inputs.whitened(U) is U
+
+
+@pytest.mark.parametrize("kind", ["decaying", "diagonal", "wide"])
+def test_error_beyond_an_adapter_keeps_the_output_side(kind):
+    """The best columns for given rows, by least squares over all entries in the metric of both sides."""
+    (metric, H_O, H_I), E, R = two_sided(kind, 12, 24), weight(12, 24), normal(3, 24).float()
+    C_O, C_I = torch.linalg.cholesky(H_O), torch.linalg.cholesky(H_I)
+    columns = torch.kron(C_O.mT.contiguous(), (R.double() @ C_I).mT.contiguous())
+    wanted = (C_O.mT @ E.double() @ C_I).flatten()
+    least = (columns @ torch.linalg.lstsq(columns, wanted.unsqueeze(1)).solution.squeeze(1) - wanted).square().sum()
+    beyond = metric.beyond(R)
+    assert beyond.unit * beyond.energy(E) == pytest.approx(float(least), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (304, 208), (200, 7)])
+def test_whitened_rows_are_bitwise_the_same_again_and_for_any_threads(shape):
+    m, n = shape
+    E, U = weight(m, n), torch.linalg.qr(normal(m, 5))[0].float()
+
+    def found():
+        metric = Metric.of(moment("decaying", n)).beside(Metric.of(moment("decaying", m)))
+        return metric.whitened(E), metric.whitened(U), *metric.unwhitened(U, E[:5]), torch.tensor(metric.energy(E))
+
+    first = with_threads(1, found)
+    for threads in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(first, with_threads(threads, found), strict=True))
+
+
+def test_outputs_that_reach_nothing_count_alike_and_cost_nothing():
+    metric = Metric.of(moment("decaying", 64)).beside(Metric.of(torch.zeros(48, 48)))
+    assert metric.unit == 0.0 and metric.separate
+    assert metric.energy(weight(48, 64)) == pytest.approx(1.01 * metric.inputs.energy(weight(48, 64)), rel=1e-5)
