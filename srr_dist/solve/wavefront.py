@@ -128,8 +128,9 @@ class _Wavefront:
             steps, zeros, errors, targets, along, down, near_I, strict=True
         ):
             own, carried = error.unbind()
-            code = self._grid.clamp_(target.add_(carried).div_(step).round_(), zero)
-            error.sub_((code * step).bfloat16())  # as readers will hold it
+            place_among = self._grid.position(target.add_(carried).div_(step))
+            code = self._grid.clamp_(torch.round(place_among, out=target), zero)
+            error.sub_((self._grid.points(code) * step).bfloat16())  # as readers will hold it
             right.addcmul_(own, feedback)
             below.addcmul_(carried, near_O)
 
