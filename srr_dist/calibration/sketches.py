@@ -7,8 +7,7 @@ layer, so that the error of its weight is ``tr(H_O Δ H_I Δᵀ)`` (YAQA, arXiv 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -149,8 +148,8 @@ class Sketch:
         self.sides[side].update(rows)
 
 
-class HeldOut:
-    """Gradients of a few sequences that no sketch has seen: what an error Δ will cost, without Kronecker's form.
+class HeldOut(Sequence[Tensor]):
+    """Gradients ``G_s``, float32 ``[m, n]``, of a few sequences that no sketch has seen, formed as they are asked for.
 
     Of each sequence is kept what is smaller, in bfloat16: its gradient ``G_s: [m, n]``, or the inputs and gradients of
     its tokens, ``X: [T, n]`` and ``g: [T, m]``.
@@ -177,14 +176,12 @@ class HeldOut:
         parts = (gram(g, x),) if _gradient_is_smaller(len(x), g.shape[1], x.shape[1]) else (x, g)
         self.kept.append(tuple(part.to("cpu", torch.bfloat16, copy=True) for part in parts))
 
-    def second_order(self, error: Tensor) -> float:
-        """``mean_s ⟨Δ, G_s⟩²`` of ``error`` Δ ``[m, n]``: twice the KL of a sequence, to second order.
+    def __len__(self) -> int:
+        return len(self.kept)
 
-        Sequences with NaN or Inf do not count; NaN if none is left.
-        """
-        products = [_inner_product(error.float(), *(part.to(error.device) for part in parts)) for parts in self.kept]
-        squares = [product**2 for product in products if math.isfinite(product)]
-        return sum(squares) / len(squares) if squares else math.nan
+    def __getitem__(self, sequence: int) -> Tensor:  # type: ignore[override]
+        first, *gradients = self.kept[sequence]
+        return gram(gradients[0], first) if gradients else first.float()
 
 
 def held_out_bytes(tokens: int, m: int, n: int) -> int:
@@ -205,9 +202,3 @@ def _gradient_is_smaller(tokens: int, m: int, n: int) -> bool:
 
 def _finite(x: Tensor, g: Tensor) -> bool:
     return bool(torch.isfinite(x.sum(dtype=torch.float32) + g.sum(dtype=torch.float32)))
-
-
-def _inner_product(error: Tensor, first: Tensor, g: Tensor | None = None) -> float:
-    """``⟨Δ, G⟩`` from G, or from X and g as ``Σ_t g_tᵀ Δ x_t``."""
-    terms = error * first if g is None else first.float() @ error.mT * g
-    return float(terms.sum(-1, dtype=torch.float64).sum())

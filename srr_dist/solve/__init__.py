@@ -3,9 +3,11 @@
 Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m, n]`` (m = out, n = in).
 ``H = E[x xᵀ]: [n, n]`` is the input moment, ``S`` any factor with ``S Sᵀ = H``. ``Q`` is the quantized weight,
 ``L: [m, r]`` and ``R: [r, n]`` the adapter, ``Ŵ = Q + L R`` and ``Δ = W − Ŵ``. The error of a layer is
-``E‖x Δᵀ‖² = tr(Δ H Δᵀ) = ‖Δ S‖²_F``, called the objective.
+``E‖x Δᵀ‖² = tr(Δ H Δᵀ) = ‖Δ S‖²_F``, called the objective; with a moment ``H_O: [m, m]`` of the layer's outputs it is
+``tr(H_O Δ H Δᵀ)``.
 """
 
+from srr_dist.solve.curvature import kronecker_cosine, second_order
 from srr_dist.solve.grids import AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, NF4Grid, make_grid
 from srr_dist.solve.layer import LayerSolution, Stored, remeasured, solve_layer
 from srr_dist.solve.metric import Metric
@@ -28,9 +30,11 @@ __all__ = [
     "Stored",
     "TuneOptions",
     "Tuned",
+    "kronecker_cosine",
     "layer_seed",
     "make_grid",
     "remeasured",
+    "second_order",
     "solve_layer",
     "tune",
 ]

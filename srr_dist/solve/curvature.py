@@ -1,0 +1,48 @@
+"""What is measured on sequences held out: whether errors and moments fit the curvature of the network's own loss.
+
+To second order, an error Δ of a layer changes the loss by ``½ E_s ⟨Δ, G_s⟩²``, with ``G_s: [m, n]`` the gradient of a
+sequence's loss by the layer's weight, at labels drawn from the network's own predictions (then the expected outer
+product of gradients is the curvature). ``H_O ⊗ H_I`` stands for ``E_s vec(G_s) vec(G_s)ᵀ`` in rounding and in adapters
+(YAQA, arXiv 2505.22988). Where it was found from too few sequences, a solution for inputs alone may be the better one:
+the smaller second-order estimate on other sequences decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from srr_dist.solve.metric import Metric, inner
+
+
+def second_order(delta: Tensor, gradients: Iterable[Tensor]) -> float:
+    """``mean_s ⟨Δ, G_s⟩²``: twice what the loss grows by, to second order.
+
+    Args:
+        delta: float32 ``[m, n]``, ``W − Ŵ``.
+        gradients: float32 ``[m, n]``, of sequences that neither the moments nor the solution have seen. Those with NaN
+            or Inf do not count.
+
+    Returns:
+        NaN if no sequence is left.
+    """
+    squares = [along**2 for along in (inner(delta, G) for G in gradients) if math.isfinite(along)]
+    return sum(squares) / len(squares) if squares else math.nan
+
+
+def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
+    """The cosine between ``H_O ⊗ H_I`` and ``F = E vec(G) vec(G)ᵀ``, estimated on sequences held out, two at least.
+
+    ``⟨H_O ⊗ H_I, F⟩ = E tr(H_O G H_I Gᵀ)`` and ``‖F‖² = E ⟨G, G'⟩²`` over pairs of different sequences, which has no
+    bias; so the estimate may exceed 1 where there are few. ``H_O`` counts as it is, without damping.
+    """
+    count, outputs = len(gradients), metric.outputs
+    projection = 0.0
+    for G in gradients:
+        both = metric.right(G)
+        projection += inner(both if outputs is None else outputs.left(both), G) / count
+    pairs = [inner(gradients[a], gradients[b]) ** 2 for a in range(count) for b in range(a)]
+    H_O = gradients[0].shape[0] if outputs is None else inner(outputs.H, outputs.H)  # the identity's
+    return projection / math.sqrt(inner(metric.H, metric.H) * H_O * sum(pairs) / len(pairs))

@@ -1,0 +1,73 @@
+"""Held-out estimates against what they stand for, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from srr_dist.solve import Metric
+from srr_dist.solve.curvature import kronecker_cosine, second_order
+from tests.solve.problems import full, moment, normal, with_threads
+
+
+def gradients(count, m=12, n=16):
+    return [normal(m, n, seed=s).float() for s in range(count)]
+
+
+def drawn(count, C_O, C_I):
+    """Gradients ``C_O N C_Iᵀ`` of N standard normal, whose moment is ``C_O C_Oᵀ ⊗ C_I C_Iᵀ``."""
+    return [(C_O @ normal(len(C_O), len(C_I), seed=s) @ C_I.mT).float() for s in range(count)]
+
+
+def test_second_order_is_the_mean_square_along_the_gradients():
+    delta, seen = normal(12, 16, seed=99).float(), gradients(5)
+    expected = sum(float((delta.double() * G.double()).sum()) ** 2 for G in seen) / 5
+    assert second_order(delta, iter(seen)) == pytest.approx(expected, rel=1e-5)
+    assert second_order(2 * delta, seen) == pytest.approx(4 * expected, rel=1e-5)
+    assert second_order(torch.zeros(12, 16), seen) == 0.0
+
+
+def test_sequences_with_nan_do_not_count():
+    delta, seen = normal(12, 16, seed=99).float(), gradients(3)
+    assert second_order(delta, [*seen, torch.full((12, 16), torch.nan)]) == second_order(delta, seen)
+    assert math.isnan(second_order(delta, []))
+
+
+@pytest.mark.parametrize("inputs", ["decaying", "diagonal"])
+@pytest.mark.parametrize("outputs", ["decaying", "diagonal", None])
+def test_cosine_is_that_of_the_matrices_it_stands_for(inputs, outputs):
+    metric, seen = Metric.of(moment(inputs, 16)), gradients(6)
+    if outputs:
+        metric = metric.beside(Metric.of(moment(outputs, 12, seed=3)))
+    H_O = full(metric.outputs.H.double()) if outputs else torch.eye(12, dtype=torch.float64)
+    product = torch.kron(H_O, full(metric.H.double()))
+    vectors = torch.stack([G.double().flatten() for G in seen])
+    pairs = (vectors @ vectors.mT).square()
+    length = ((pairs.sum() - pairs.trace()) / 30).sqrt()
+    expected = (vectors @ product * vectors).sum() / 6 / (product.norm() * length)
+    assert kronecker_cosine(metric, seen) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_cosine_is_one_for_the_moments_that_gradients_were_drawn_from_and_less_for_others():
+    H_O, H_I = moment("decaying", 12, seed=3), moment("decaying", 16)
+    seen = drawn(400, torch.linalg.cholesky(H_O), torch.linalg.cholesky(H_I))
+    right = Metric.of(H_I).beside(Metric.of(H_O))
+    wrong = Metric.of(moment("decaying", 16, seed=8)).beside(Metric.of(moment("decaying", 12, seed=9)))
+    assert kronecker_cosine(right, seen) == pytest.approx(1.0, abs=0.1)
+    assert kronecker_cosine(wrong, seen) < kronecker_cosine(right.inputs, seen) < 0.9 * kronecker_cosine(right, seen)
+
+
+def test_estimate_of_drawn_gradients_is_the_objective():
+    """``E ⟨Δ, G⟩² = tr(H_O Δ H_I Δᵀ)`` where F is what it is taken for."""
+    H_O, H_I = moment("decaying", 12, seed=3), moment("decaying", 16)
+    seen, delta = drawn(4000, torch.linalg.cholesky(H_O), torch.linalg.cholesky(H_I)), normal(12, 16, seed=99).float()
+    expected = float(torch.trace(H_O @ delta.double() @ H_I @ delta.double().mT))
+    assert second_order(delta, seen) == pytest.approx(expected, rel=0.1)
+
+
+def test_estimates_are_bitwise_the_same_again_and_for_any_threads():
+    delta, seen = normal(96, 160, seed=99).float(), gradients(3, 96, 160)
+    metric = Metric.of(moment("decaying", 160)).beside(Metric.of(moment("decaying", 96)))
+    first = with_threads(1, lambda: (second_order(delta, seen), kronecker_cosine(metric, seen)))
+    for threads in (1, 2):
+        assert first == with_threads(threads, lambda: (second_order(delta, seen), kronecker_cosine(metric, seen)))
