@@ -28,7 +28,7 @@ GRIDS = ("mxint", "int", "int-asym", "nf4")
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Group sizes under the grid nf4: those that bitsandbytes reads."""
 SCALES = ("absmax", "search")
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("nearest", "gptq", "yaqa")
 ROUNDING_METRICS = ("full", "downdated")
 FORMS = ("joint", "split")
 SCALINGS = ("exact", "diag", "lqer", "identity")
@@ -60,7 +60,9 @@ class QuantizeConfig:
         "search", "absmax: reach a group's largest weight; search: the least error, inputs weighted", choices=SCALES
     )
     rounding: str = option(
-        "gptq", "nearest, or gptq: the error of each input is made up for by later ones", choices=ROUNDINGS
+        "gptq",
+        "nearest; gptq: later inputs make up for the error of each; yaqa: later outputs too, by what --sketch keeps",
+        choices=ROUNDINGS,
     )
     rank: int = option(16, "rank r of the adapters")
     split: str = option("search", "how k is chosen: search, criterion, energy or fixed:K")
@@ -119,6 +121,9 @@ class QuantizeConfig:
         _require(0.0 <= self.max_bad_rows <= 1.0, "max_bad_rows", "a share from 0 to 1", self.max_bad_rows)
         _check_split(self.split, self.rank)
         _check_sketch(self.sketch)
+        if self.rounding == "yaqa":
+            _require(bool(self.sketch), "sketch", "B, A:R, full, diag or scalar with --rounding yaqa", self.sketch)
+            _require(not self.tune_steps, "tune_steps", "0 with --rounding yaqa", self.tune_steps)
         for name in ("include", "exclude"):
             try:
                 re.compile(getattr(self, name))

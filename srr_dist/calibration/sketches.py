@@ -191,9 +191,25 @@ def held_out_bytes(tokens: int, m: int, n: int) -> int:
 
 def gradient_is_cheaper(tokens: int, m: int, n: int) -> bool:
     """Whether both products of G take fewer operations from G itself than through the products of tokens."""
-    through_gradient = tokens * m * n + _TRIANGLE * m * n * (m + n)
-    through_tokens = 2 * tokens**2 * (m + n) + _TRIANGLE * tokens * (m**2 + n**2)
-    return through_gradient <= through_tokens
+    return _through_gradient(tokens, m, n) <= _through_tokens(tokens, m, n)
+
+
+def sketch_operations(kind: str, tokens: int, m: int, n: int) -> float:
+    """Floating point operations that a sequence takes in products, over all passes."""
+    if kind == "B":
+        return 2 * min(_through_gradient(tokens, m, n), _through_tokens(tokens, m, n))
+    if kind.startswith("A:"):
+        rounds, summed = int(kind.removeprefix("A:")), _TRIANGLE * tokens * (m**2 + n**2)
+        return 2 * (rounds * (summed + tokens * (m**2 + n**2)) + _TRIANGLE * tokens * n**2)
+    return 2 * _TRIANGLE * tokens * m**2 if kind == "full" else 2 * tokens * m
+
+
+def _through_gradient(tokens: int, m: int, n: int) -> float:
+    return tokens * m * n + _TRIANGLE * m * n * (m + n)
+
+
+def _through_tokens(tokens: int, m: int, n: int) -> float:
+    return 2 * tokens**2 * (m + n) + _TRIANGLE * tokens * (m**2 + n**2)
 
 
 def _gradient_is_smaller(tokens: int, m: int, n: int) -> bool:

@@ -58,6 +58,15 @@ class BlockGraph:
     """State-dict names stored outside the blocks: embedding, final norm, head."""
 
 
+def shared_inputs(block: Block, names: frozenset[str]) -> list[list[Linear]]:
+    """The block's linear layers of these names, grouped by the input they read, in call order."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in block.linears:
+        if linear.name in names:
+            groups.setdefault(linear.input, []).append(linear)
+    return list(groups.values())
+
+
 def build_graph(checkpoint: Checkpoint) -> BlockGraph:
     """The graph of ``checkpoint``; reads no weights.
 

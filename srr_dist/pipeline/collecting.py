@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from srr_dist.calibration import InputMoment, accumulator_shape
 from srr_dist.calibration.sketches import HeldOut, Sketch, sketch_sides
-from srr_dist.checkpoint.graph import Block
+from srr_dist.checkpoint.graph import Block, shared_inputs
 from srr_dist.pipeline.plan import hidden_size
 from srr_dist.pipeline.run import Run
-from srr_dist.pipeline.solving import shared_inputs
 
 
 class KeptStates:

@@ -7,7 +7,7 @@ and nothing is resumed; moments that ``--statistics`` keeps, or has kept, are no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -79,7 +79,9 @@ def forecast(plan: Plan, hardware: Hardware) -> Forecast:
     seconds["reading"] += costs.first_reading(plan.windows[0])
     for window, later in zip_longest(plan.windows, plan.windows[1:]):
         if window.passes:
-            seconds["calibrating"] += costs.passes(window)
+            seconds["calibrating"] += costs.passes(window, costs.calibrate)
+            if plan.run.config.sketch:
+                seconds["calibrating"] += costs.passes(window, costs.sketch)
         solved, late = costs.solving(window, later)
         seconds["solving"] += solved
         seconds["reading"] += late
@@ -127,11 +129,11 @@ class Costs:
         stages[-1] += self.of(Work(read=outside, digest=2 * outside, write=outside))
         return max(stages)
 
-    def passes(self, window: Window) -> float:
-        """All sequences through the stages of a window, message after message."""
+    def passes(self, window: Window, through: Callable[[int, Window], float]) -> float:
+        """All sequences through the stages of a window, message after message, each so long in a block."""
         count, seq_len = self.plan.run.token_ids.shape
         sequence = seq_len * hidden_size(self.plan.run.checkpoint) * self.plan.run.dtype.itemsize
-        stages = [sum(self._pass(index, window) for index in stage) for stage in window.stages]
+        stages = [sum(through(index, window) for index in stage) for stage in window.stages]
         hop = self.of(Work(host=_HOP_BYTES * sequence, link=2 * sequence)) if len(stages) > 1 else 0.0
         stages = [stage + hop for stage in stages]
         if window.start:
@@ -140,7 +142,8 @@ class Costs:
         written = self.of(Work(write=count * sequence)) if window.save is not None else 0.0
         return max(flow(stages, sizes), written)
 
-    def _pass(self, index: int, window: Window) -> float:
+    def calibrate(self, index: int, window: Window) -> float:
+        """A sequence through a block, and added to its moments."""
         run, block = self.plan.run, self.plan.run.graph.blocks[index]
         seq_len = run.token_ids.shape[1]
         work = operations.passing(block, seq_len, hidden_size(run.checkpoint))
@@ -148,6 +151,13 @@ class Costs:
             away = bool(self.plan.cluster.gpus) and self.plan.holding.placement != "device"
             work += operations.moments(block, run.quantized, seq_len, run.config.scaling, away=away)
         return self.of(work)
+
+    def sketch(self, index: int, _: Window) -> float:
+        """A sequence forward once more, to be kept, and its gradients back, added to the block's sketches."""
+        run, block = self.plan.run, self.plan.run.graph.blocks[index]
+        seq_len, kind = run.token_ids.shape[1], run.config.sketch
+        once = operations.passing(block, seq_len, hidden_size(run.checkpoint))
+        return self.of(once + operations.sketching(block, run.quantized, kind, seq_len, once))
 
     def solving(self, window: Window, later: Window | None) -> tuple[float, float]:
         """Until the last block of a window is stored, and from then until the next window's blocks are read."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 
-from srr_dist.checkpoint.graph import Block
+from srr_dist.calibration.sketches import sketch_operations, sketch_passes
+from srr_dist.checkpoint.graph import Block, shared_inputs
 from srr_dist.pipeline.memory import parameters
-from srr_dist.pipeline.solving import shared_inputs
 from srr_dist.solve import Quantizer, SolveOptions
 from srr_dist.solve.lowrank import START_STEPS, block_size
 from srr_dist.solve.split import coarse_candidates, refined_candidates
@@ -142,6 +142,13 @@ class LayerWork:
             return work + self.energy()
         return work + self.subspace() * 2 + Work(draws=m * n)  # of W, and of random numbers for the criterion
 
+    def two_sided(self) -> Work:
+        """The layer once more in the metric of its sketch, where errors go from output to output as well."""
+        m, n = self.m, self.n
+        rounded = self.candidates()[1] + (self.options.iterations if self.rank else 0)
+        across = Work(products=m * m * n) + self._fed(self.options.quantizer)
+        return self.solve() + factored(m) + factored(n) + across * rounded
+
     def tried(self) -> Work:
         """The k that are tried."""
         compared, judged = self.candidates()
@@ -165,7 +172,7 @@ class LayerWork:
     def iteration(self) -> Work:
         """Codes anew beside the adapter, and the adapter beside the codes."""
         quantizer = self.options.quantizer
-        again = self.full and self.options.rounding_metric == "downdated" and quantizer.rounding == "gptq"
+        again = self.full and self.options.rounding_metric == "downdated" and quantizer.rounding != "nearest"
         return self._beside() + self.rounding(quantizer) + self.subspace() + (factored(self.n) if again else Work())
 
     def descent(self) -> Work:
@@ -193,7 +200,7 @@ class LayerWork:
         work = Work(elementwise=m * n * (_RESIDUAL_BYTES + _ENCODE_BYTES + lookup))
         trial = Work(elementwise=m * n * (_TRIAL_BYTES + lookup), calls=chunks * _TRIAL_CALLS)
         work += trial * (trials + 1 if trials else 0)
-        if quantizer.rounding == "gptq" and self.full:
+        if quantizer.rounding != "nearest" and self.full:
             work += Work(products=m * n * n) + self._fed(quantizer)
         return work
 
@@ -225,7 +232,7 @@ def metric(n: int, blocks: Iterable[int], options: SolveOptions, *, full: bool) 
     for b in set(blocks):
         once = Work(narrow=2 * n * n * b)
         product += once + Work(draws=n * b) + krylov(n, b, START_STEPS, once)
-    feedback = options.quantizer.rounding == "gptq"
+    feedback = options.quantizer.rounding != "nearest"
     return Work(elementwise=34 * n * n) + product + (factored(n) if feedback else Work())
 
 
@@ -236,12 +243,13 @@ def factored(n: int) -> Work:
 
 def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, full: bool) -> list[Work]:
     """What each group of a block's layers that share an input takes, in the block's order."""
+    gated = options.quantizer.rounding == "yaqa"
     groups = [
         [LayerWork(linear.out_features, linear.in_features, options, full) for linear in linears]
         for linears in shared_inputs(block, quantized)
     ]
     return [
-        total(layer.solve() for layer in layers)
+        total(layer.solve() + (layer.two_sided() if gated else Work()) for layer in layers)
         + metric(layers[0].n, (layer.block for layer in layers if layer.rank), options, full=full)
         for layers in groups
     ]
@@ -250,6 +258,12 @@ def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, f
 def passing(block: Block, seq_len: int, hidden_size: int) -> Work:
     """One sequence through a block: its linear layers, and causal attention over it."""
     return Work(forward=2 * seq_len * parameters(block) + 2 * seq_len**2 * hidden_size)
+
+
+def sketching(block: Block, quantized: frozenset[str], kind: str, seq_len: int, once: Work) -> Work:
+    """One sequence of gradients back through a block, which is run again (``once``) in every pass, and its sketches."""
+    shapes = [(linear.out_features, linear.in_features) for linear in block.linears if linear.name in quantized]
+    return once * (3 * sketch_passes(kind)) + Work(moments=sum(sketch_operations(kind, seq_len, *s) for s in shapes))
 
 
 def moments(block: Block, quantized: frozenset[str], seq_len: int, scaling: str, *, away: bool) -> Work:

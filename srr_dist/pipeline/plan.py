@@ -92,7 +92,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         scaling=run.config.scaling,
         quantized=run.quantized,
         on_gpu=bool(cluster.gpus),
-        feedback=run.config.rounding == "gptq",
+        feedback=run.config.rounding != "nearest",
         downdated=rank > 0
         and run.config.iterations + run.config.descent > 0
         and run.config.rounding_metric == "downdated",

@@ -13,24 +13,16 @@ import torch
 from torch import Tensor
 
 from srr_dist.calibration import InputMoment
-from srr_dist.checkpoint.graph import Block, Linear
+from srr_dist.checkpoint.graph import Block, Linear, shared_inputs
 from srr_dist.errors import CalibrationError
 from srr_dist.export.adapter import adapter_tensors
 from srr_dist.export.base import linear_tensors
 from srr_dist.export.nf4 import nf4_tensors
 from srr_dist.pipeline.memory import layers_at_once
 from srr_dist.pipeline.run import Run
+from srr_dist.pipeline.two_sided import solve_gated
 from srr_dist.solve import Grid, LayerSolution, Metric, Stored, remeasured, solve_layer
 from srr_dist.threads import side_by_side
-
-
-def shared_inputs(block: Block, quantized: frozenset[str]) -> list[list[Linear]]:
-    """The block's layers to solve, grouped by the input they read."""
-    groups: dict[str, list[Linear]] = {}
-    for linear in block.linears:
-        if linear.name in quantized:
-            groups.setdefault(linear.input, []).append(linear)
-    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -80,8 +72,8 @@ class BlockSolver:
         """Solve layers that read one input."""
         metric, found = self._metric(group[0]), dict[str, LayerSolution]()
         moment = self.moments.get(group[0].input)
-        for name in (linear.name for linear in group):
-            solution = solve_layer(self._weight(name), metric, name, self.run.solve_options())
+        for linear in group:
+            name, solution = linear.name, self._solution(linear, metric)
             solution.result.update(
                 block=self.block.index,
                 type=name.removeprefix(f"{self.block.name}."),
@@ -90,6 +82,12 @@ class BlockSolver:
             )
             found[name] = solution.to("cpu")
         return found
+
+    def _solution(self, linear: Linear, metric: Metric) -> LayerSolution:
+        W = self._weight(linear.name)
+        if self.run.config.rounding == "yaqa":
+            return solve_gated(self.run, linear, W, metric)
+        return solve_layer(W, metric, linear.name, self.run.solve_options())
 
     def _weight(self, name: str) -> Tensor:
         return self.weights[f"{name}.weight"].to(self.device)
