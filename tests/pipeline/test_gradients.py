@@ -304,3 +304,18 @@ def test_recipe_with_other_bits_finds_moments_and_sketches_kept(job, undisturbed
     shutil.copytree(undisturbed / "statistics", tmp_path / "statistics")
     assert run_here(job, tmp_path, workers=2, blocks_per_stage=4, bits=4) == ["blocks 0–5"]
     assert kept_files(tmp_path) == kept_files(undisturbed)
+
+
+@pytest.mark.slow
+def test_rounding_against_the_output_takes_the_sketches_and_gives_the_same_for_any_workers(job, undisturbed, tmp_path):
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        shutil.copytree(undisturbed / "statistics", folder / "statistics")
+        assert run_here(job, folder, workers=workers, blocks_per_stage=4, rounding="yaqa")[-1].endswith("–5")
+        found.append((folder / "out/manifest.json").read_bytes())
+    assert found[0] == found[1] != (undisturbed / "out/manifest.json").read_bytes()
+    area = RunArea(ObjectStore(str(folder / "out")), RunArea.find(ObjectStore(str(folder / "out")))[0])
+    layers = [layer for record in area.records().values() for layer in record.layers]
+    assert {layer["gate"]["chosen"] for layer in layers} <= {"one-sided", "two-sided"}
+    assert all(layer["gate"]["second_order"]["two-sided"] > 0 for layer in layers)
