@@ -38,7 +38,7 @@ REFUSED = [
     ("group_size", 0, "a positive number or -1"),
     ("group_size", -2, "a positive number or -1"),
     ("scales", "best", "one of absmax, search"),
-    ("rounding", "yaqa", "one of nearest, gptq"),
+    ("rounding", "ldlq", "one of nearest, gptq"),
     ("iterations", -1, "0 or more"),
     ("descent", -1, "0 or more"),
     ("tune_steps", -1, "0 or more"),
@@ -113,6 +113,14 @@ def test_sketch_needs_text_a_place_and_sequences_to_hold_out():
     plain = {key: value for key, value in COMPLETE.items() if key != "calibration"} | {"method": "none"}
     with pytest.raises(ConfigError, match=r"^calibration: expected text"):
         RunConfig.from_options(plain | {"sketch": "B", "statistics": "kept"})
+
+
+def test_rounding_against_the_output_needs_a_sketch_and_no_tuning():
+    with pytest.raises(ConfigError, match=r"^sketch: expected B, A:R, full, diag or scalar with --rounding yaqa"):
+        QuantizeConfig(rounding="yaqa")
+    with pytest.raises(ConfigError, match=r"^tune_steps: expected 0 with --rounding yaqa, found 8"):
+        QuantizeConfig(rounding="yaqa", sketch="B", tune_steps=8)
+    assert QuantizeConfig(rounding="yaqa", sketch="B").rounding == "yaqa"
 
 
 def test_tuning_needs_text_and_sequences_to_hold_out():
