@@ -1,4 +1,4 @@
-"""A block's backward pass, alone: from the gradient at its outputs to that at its inputs, past each linear layer."""
+"""A block's backward pass, alone: from the gradient at its output to that at its input, past each linear layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ Deliver = Callable[[str, Tensor, Tensor], None]
 """Takes a layer's name, its inputs ``X: [T, n]`` and the gradients at its outputs ``g: [T, m]``."""
 
 
-def block_backward(
-    run: Callable[[Tensor], Tensor], linears: Mapping[str, nn.Module], hidden: Tensor, slope: Tensor, deliver: Deliver
-) -> Tensor:
-    """Run a block once more and take a gradient back through it.
+class BlockPass:
+    """One sequence's pass through a block, with what it takes to bring a gradient back.
 
     No gradient of a weight is formed, since parameters do not require any: what it would be, ``gᵀ X``, is left to
     whoever receives the two. Layers are delivered on the way back, one after the other, and let go.
@@ -24,22 +22,30 @@ def block_backward(
         run: the block, ``[1, T, d]`` to ``[1, T, d]``.
         linears: name -> linear layer of the block to be delivered.
         hidden: the block's input ``[1, T, d]``.
-        slope: the gradient at its output, ``[1, T, d]``.
         deliver: is told of each layer.
-
-    Returns:
-        The gradient at the block's input, ``[1, T, d]``.
     """
-    leaf = hidden.detach().requires_grad_()
-    handles = [module.register_forward_hook(partial(_listen, deliver, name)) for name, module in linears.items()]
-    try:
-        with torch.enable_grad():
-            output = run(leaf)
-    finally:
-        for handle in handles:
-            handle.remove()
-    (found,) = torch.autograd.grad(output, leaf, slope)
-    return found
+
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], linears: Mapping[str, nn.Module], hidden: Tensor, deliver: Deliver
+    ) -> None:
+        self._leaf = hidden.detach().requires_grad_()
+        handles = [module.register_forward_hook(partial(_listen, deliver, name)) for name, module in linears.items()]
+        try:
+            with torch.enable_grad():
+                self._output = run(self._leaf)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def output(self) -> Tensor:
+        """What leaves the block, ``[1, T, d]``, without its history."""
+        return self._output.detach()
+
+    def back(self, slope: Tensor) -> Tensor:
+        """The gradient at the block's input from that at its output, ``[1, T, d]`` both; can be taken once."""
+        (found,) = torch.autograd.grad(self._output, self._leaf, slope)
+        return found
 
 
 def _listen(deliver: Deliver, name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -94,10 +94,15 @@ class Collector:
         return found
 
     def states(self, blocks: Iterable[int]) -> dict[int, KeptStates]:
-        """Room for the hidden states before and after these blocks, by the block they enter."""
+        """Room for the hidden states before and after these blocks, by the block they enter; none without tuning."""
+        if not self.run.config.tune_steps:
+            return {}
+        return {place: self.room() for place in sorted({place for index in blocks for place in (index, index + 1)})}
+
+    def room(self) -> KeptStates:
+        """Room for the hidden states at one place."""
         shape = (*self.run.token_ids.shape, hidden_size(self.run.checkpoint))
-        places = sorted({place for index in blocks for place in (index, index + 1)})
-        return {place: KeptStates(self.scratch, shape, self.run.dtype, self.device) for place in places}
+        return KeptStates(self.scratch, shape, self.run.dtype, self.device)
 
     def _accumulator(self, features: int, scaling: str) -> Tensor | None:
         """Memory for a moment where the plan wants it; None for beside the weights."""

@@ -106,3 +106,9 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def summary(record: BlockRecord) -> dict[str, Any]:
+    """What the driver is told of a committed unit."""
+    written = sum(entry.size for entry in record.files.values())
+    return {"unit": record.unit, "layers": len(record.layers), "seconds": record.seconds, "bytes": written}

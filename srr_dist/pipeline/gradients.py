@@ -1,7 +1,7 @@
 """The way back of gradients through a stage's blocks, and the sketches that they leave behind.
 
-While sequences pass forward, a stage keeps what enters each of its blocks on its disk. Gradients then come from the
-window's end, at the end of the model from the head, and each block is run once more to take them back.
+While sequences pass forward, a stage keeps on its disk what enters its first block. Gradients then come from where the
+window ends, at the end of the model from the head; the blocks are run once more for each, and it is taken back.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from functools import partial
 
 from torch import Tensor
 
-from srr_dist.calibration.backward import block_backward
+from srr_dist.calibration.backward import BlockPass
 from srr_dist.calibration.head import head_gradient
 from srr_dist.calibration.sketches import Sketch, sketch_passes, sketch_sides
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, Linear
 from srr_dist.pipeline.boundaries import Boundaries, BoundaryWriter
-from srr_dist.pipeline.collecting import Collector, KeptStates, SketchedLayer
+from srr_dist.pipeline.collecting import Collector, SketchedLayer
 from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.run import Run, unit_name
 from srr_dist.pipeline.stage_plan import StagePlan
@@ -35,20 +35,14 @@ class WayBack:
         decoder: holds the blocks, and the head at the end of the model.
         gradients: of the run, where they are stored between windows.
         plan: the stage's part of the window.
-        collector: makes room for the sketches.
-        states: what enters each block, and what leaves the last one, by the index of the block entered.
+        collector: makes room for the sketches, and for what enters the blocks.
     """
 
     def __init__(
-        self,
-        run: Run,
-        decoder: Decoder,
-        gradients: Boundaries,
-        plan: StagePlan,
-        collector: Collector,
-        states: Mapping[int, KeptStates],
+        self, run: Run, decoder: Decoder, gradients: Boundaries, plan: StagePlan, collector: Collector
     ) -> None:
-        self._run, self._decoder, self._gradients, self._states = run, decoder, gradients, states
+        self._run, self._decoder, self._gradients = run, decoder, gradients
+        self._entering = collector.room()
         self._blocks, self._scratch = plan.blocks, collector.scratch
         self._behind = plan.blocks[-1] + 1
         self._layers = {index: collector.sketches(run.graph.blocks[index]) for index in sorted(plan.collect)}
@@ -61,6 +55,10 @@ class WayBack:
         """Whether gradients begin behind this stage's last block."""
         return self._behind == len(self._run.graph.blocks)
 
+    def enter(self, sequence: int, hidden: Tensor) -> None:
+        """Keep what enters the first block, ``[1, T, d]``."""
+        self._entering.keep(sequence, hidden)
+
     def take(self, sequences: Sequence[int], slopes: Sequence[Tensor] | None) -> list[Tensor]:
         """Take gradients back through the blocks, one sequence after the other, adding to the sketches.
 
@@ -71,9 +69,8 @@ class WayBack:
         Returns:
             The gradients before the first block, which are stored besides where the window begins.
         """
-        entering = map(self._enter, sequences) if slopes is None else slopes
-        device = self._decoder.device
-        found = [self._through(*pair) for pair in zip(sequences, (s.to(device) for s in entering), strict=True)]
+        begins: Sequence[Tensor | None] = slopes or [None] * len(sequences)
+        found = [self._through(sequence, slope) for sequence, slope in zip(sequences, begins, strict=True)]
         if self._writer is not None:
             self._writer.put(sequences, found)
         return found
@@ -97,24 +94,29 @@ class WayBack:
                 for side, moment in layer.sketch.sides.items():
                     statistics.save(f"{name}.{side}", moment, self._scratch)
 
-    def _enter(self, sequence: int) -> Tensor:
-        """The gradient ``[1, T, d]`` that enters the window from behind: of the head, or as it was stored."""
+    def _through(self, sequence: int, slope: Tensor | None) -> Tensor:
+        """The gradient ``[1, T, d]`` before the first block, from that behind the last one."""
+        hidden, passes = self._entering.load(sequence), list[BlockPass]()
+        for index in self._blocks:
+            layers = self._layers.get(index, {})
+            linears = {name: layer for name, layer in self._decoder.linear_modules(index).items() if name in layers}
+            run, add = partial(self._decoder.run_block, index), partial(self._add, sequence, layers)
+            with blame(unit_name(index)):
+                passes.append(BlockPass(run, linears, hidden, add))
+            hidden = passes[-1].output
+        slope = (self._begin(sequence, hidden) if slope is None else slope).to(hidden.device)
+        for index in reversed(self._blocks):
+            with blame(unit_name(index)):
+                slope = passes.pop().back(slope)
+        return slope
+
+    def _begin(self, sequence: int, hidden: Tensor) -> Tensor:
+        """The gradient that enters the window from behind: as it was stored, or that of the head's loss."""
         if not self.from_head:
             return self._gradients.load(self._behind, sequence)
         seed = layer_seed(self._run.config.seed, f"labels of sequence {sequence}")
         vocabulary = self._run.checkpoint.config.get_text_config().vocab_size
-        return head_gradient(self._decoder.logits, self._states[self._behind].load(sequence), seed, vocabulary)
-
-    def _through(self, sequence: int, slope: Tensor) -> Tensor:
-        """The gradient ``[1, T, d]`` before the first block, from that behind the last one."""
-        for index in reversed(self._blocks):
-            layers = self._layers.get(index, {})
-            linears = {name: layer for name, layer in self._decoder.linear_modules(index).items() if name in layers}
-            with blame(unit_name(index)):
-                run = partial(self._decoder.run_block, index)
-                add = partial(self._add, sequence, layers)
-                slope = block_backward(run, linears, self._states[index].load(sequence), slope, add)
-        return slope
+        return head_gradient(self._decoder.logits, hidden, seed, vocabulary)
 
     def _add(self, sequence: int, layers: Mapping[str, SketchedLayer], name: str, x: Tensor, g: Tensor) -> None:
         if sequence < len(self._run.token_ids) - self._run.held_out:

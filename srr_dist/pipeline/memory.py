@@ -75,6 +75,8 @@ class Need:
     solve: int
     results: int
     """Host memory of what was solved, until it is durable."""
+    graph: int = 0
+    """What autograd keeps of a sequence's pass until its gradient comes back through the blocks behind."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
         shapes = [(linear.out_features, linear.in_features) for linear in layers]
         moments = max(moments, sum(sketch_bytes(work.sketch, m, n) for m, n in shapes))
         source = max(source, work.held_out * sum(held_out_bytes(work.seq_len, m, n) for m, n in shapes))
-        solve = max(solve, 3 * forward + max((_back_bytes(m, n, work.seq_len) for m, n in shapes), default=0))
+        solve = max(solve, forward + max((_back_bytes(m, n, work.seq_len) for m, n in shapes), default=0))
     results = sum(_result_bytes(linear.out_features, linear.in_features, work) for linear in layers)
-    return Need(weights, source, moments, forward, solve, results)
+    return Need(weights, source, moments, forward, solve, results, graph=2 * forward if work.sketch else 0)
 
 
 def choose_holding(
@@ -170,7 +172,7 @@ def gib(count: int) -> str:
 def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> tuple[int, int]:
     """Host and GPU bytes at the peak of a stage that holds ``count`` of the largest blocks."""
     largest = sorted(needs, key=lambda need: need.weights + need.source + need.moments, reverse=True)[:count]
-    weights = sum(need.weights for need in largest)
+    weights = sum(need.weights + need.graph for need in largest)
     moments = sum(need.moments for need in largest)
     passing = max(max(need.forward, need.solve) for need in needs)
     results = max(need.results for need in needs)

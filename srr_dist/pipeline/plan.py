@@ -40,11 +40,12 @@ class Plan:
         }
 
     def scratch_bytes(self) -> int:
-        """Local disk that a worker needs for the hidden states it keeps: before and after each block it holds."""
-        if not (self.run.config.tune_steps or self.run.config.sketch):
-            return 0
+        """Local disk that a worker needs for hidden states.
+
+        To tune they are kept before and after each block that it holds, for the way back of gradients before the first.
+        """
         states = self.run.token_ids.size * hidden_size(self.run.checkpoint) * self.run.dtype.itemsize
-        return int(states) * (self.holding.blocks + 1)
+        return int(states) * (self.holding.blocks + 1 if self.run.config.tune_steps else bool(self.run.config.sketch))
 
     def describe(self) -> str:
         """The plan for a person."""

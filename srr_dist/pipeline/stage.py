@@ -27,7 +27,7 @@ from srr_dist.pipeline import hidden_states
 from srr_dist.pipeline.boundaries import Boundaries, BoundaryWriter
 from srr_dist.pipeline.cluster import Pulse
 from srr_dist.pipeline.collecting import Collector, KeptStates
-from srr_dist.pipeline.committing import Commits
+from srr_dist.pipeline.committing import Commits, summary
 from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.gradients import WayBack
 from srr_dist.pipeline.host import device_name, peak_memory, release_memory, worker_device
@@ -36,7 +36,7 @@ from srr_dist.pipeline.solving import BlockSolver, result_tensors
 from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.tuning import BlockTuner
-from srr_dist.store import BlockRecord, ObjectStore, RunArea
+from srr_dist.store import ObjectStore, RunArea
 from srr_dist.store.records import REST
 
 
@@ -73,7 +73,7 @@ class Stage(Pulse):
         self.ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self.held: dict[int, _Held] = {}
         self.states: dict[int, KeptStates] = {}
-        """Before each block that needs them later, and after it; by the index of the block they enter."""
+        """Before each block that will be tuned, and after it; by the index of the block they enter."""
         self.plan: StagePlan | None = None
         self.leaving: BoundaryWriter | None = None
         self.way_back: WayBack | None = None
@@ -86,8 +86,7 @@ class Stage(Pulse):
             self._drop(index)
         self.plan, self.way_back = plan, None
         self.leaving = BoundaryWriter(self.boundaries, plan.save) if plan.save is not None else None
-        kept = plan.blocks if plan.then == "back" else plan.collect if self.run.config.tune_steps else ()
-        self.states = self.collector.states(kept)
+        self.states = self.collector.states(plan.collect if plan.then == "solve" else ())
         for index in self.ahead.keys() - set(plan.blocks):
             del self.ahead[index]
         for index in plan.blocks:
@@ -96,7 +95,7 @@ class Stage(Pulse):
         if plan.start == 0:
             self.decoder.load_embedding()
         if plan.then == "back":
-            self.way_back = WayBack(self.run, self.decoder, self.gradients, plan, self.collector, self.states)
+            self.way_back = WayBack(self.run, self.decoder, self.gradients, plan, self.collector)
 
     def forward(self, sequences: Sequence[int], payload: hidden_states.Payload | None) -> hidden_states.Payload | None:
         """Pass sequences through this stage's blocks, one by one, adding to the moments.
@@ -156,7 +155,7 @@ class Stage(Pulse):
         if way.end_pass():
             return
         way.keep()
-        self.way_back, self.states = None, {}
+        self.way_back = None
         self.decoder.drop_rest()
         for index in list(self.held):
             self._drop(index)
@@ -187,7 +186,7 @@ class Stage(Pulse):
     def commit(self, unit: str) -> dict[str, Any]:
         """Wait until a unit that was begun is durable; returns a summary for the progress line."""
         with blame(unit):
-            return _summary(self.commits.result(unit))
+            return summary(self.commits.result(unit))
 
     def store_rest(self, generation: int) -> dict[str, Any]:
         """Read, check and commit every tensor outside the blocks, as the source has it."""
@@ -196,7 +195,7 @@ class Stage(Pulse):
             tensors = self.run.checkpoint.read(self.run.graph.rest)
             seconds = {"read": time.perf_counter() - started}
             self.commits.begin(REST, generation, {"base": tensors}, tensors, seconds, layers=[], stage={})
-            return _summary(self.commits.result(REST))
+            return summary(self.commits.result(REST))
 
     def _hold(self, block: Block, *, collect: bool) -> None:
         started = time.perf_counter()
@@ -263,15 +262,18 @@ class Stage(Pulse):
         return [self.decoder.embed(row.unsqueeze(0)) for row in ids]
 
     def _through(self, sequence: int, hidden: Tensor) -> Tensor:
-        for index in self._plan().blocks:
+        if self.way_back is not None:
+            self.way_back.enter(sequence, hidden)
+        for index in self._plan().passed:
             started = time.perf_counter()
             if index in self.states:
                 self.states[index].keep(sequence, hidden)
             with blame(unit_name(index)):
                 hidden = self.decoder.run_block(index, hidden)
             self.held[index].seconds["calibrate"] += time.perf_counter() - started
-        if index + 1 in self.states:
-            self.states[index + 1].keep(sequence, hidden)
+        behind = self._plan().blocks[-1] + 1
+        if behind in self.states:
+            self.states[behind].keep(sequence, hidden)
         return hidden
 
     def _way_back(self) -> WayBack:
@@ -296,9 +298,3 @@ class Stage(Pulse):
     def _plan(self) -> StagePlan:
         assert self.plan is not None, "open() comes first"
         return self.plan
-
-
-def _summary(record: BlockRecord) -> dict[str, Any]:
-    """What the driver is told of a committed unit."""
-    written = sum(entry.size for entry in record.files.values())
-    return {"unit": record.unit, "layers": len(record.layers), "seconds": record.seconds, "bytes": written}

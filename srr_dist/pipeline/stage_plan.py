@@ -32,6 +32,11 @@ class StagePlan:
     ahead: tuple[int, ...] = ()
     """Blocks that this stage will hold next if all goes well; a guess, so that their weights can be read early."""
 
+    @property
+    def passed(self) -> tuple[int, ...]:
+        """Blocks that sequences pass forward, none where they turn round: those are run when gradients come."""
+        return () if self.last and self.then == "back" else self.blocks
+
 
 def stage_plans(
     window: Window, number: int, planned_memory: dict[str, int], ahead: Window | None = None

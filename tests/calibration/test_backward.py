@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from srr_dist.calibration import head
-from srr_dist.calibration.backward import block_backward
+from srr_dist.calibration.backward import BlockPass
 from srr_dist.calibration.head import head_gradient, sample
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.source import open_checkpoint
@@ -56,7 +56,7 @@ def back(decoder: Decoder, states: list[Tensor], seed: int, down_to: int = 0) ->
 
     for index in reversed(range(down_to, len(states) - 1)):
         run, linears = partial(decoder.run_block, index), decoder.linear_modules(index)
-        walk.slopes.insert(0, block_backward(run, linears, states[index], walk.slopes[0], keep))
+        walk.slopes.insert(0, BlockPass(run, linears, states[index], keep).back(walk.slopes[0]))
     return walk
 
 
@@ -111,7 +111,10 @@ def test_walk_leaves_weights_without_gradients_and_the_block_without_hooks(llama
     decoder = Decoder(open_checkpoint(str(llama)), dtype=torch.float32)
     decoder.load_block(0)
     linears, h, delivered = decoder.linear_modules(0), torch.randn(1, 5, 64), []
-    block_backward(lambda x: decoder.run_block(0, x), linears, h, torch.ones_like(h), lambda *_: delivered.append(1))
+    passed = BlockPass(partial(decoder.run_block, 0), linears, h, lambda *_: delivered.append(1))
+    assert delivered == []
+    assert torch.equal(passed.output, decoder.run_block(0, h))
+    passed.back(torch.ones_like(h))
     assert len(delivered) == 7
     assert all(p.grad is None and not p.requires_grad for p in decoder.block(0).parameters())
     assert not any(module._forward_hooks for module in linears.values())

@@ -27,6 +27,7 @@ from srr_dist.pipeline.stage import Stage
 from srr_dist.pipeline.stage_plan import stage_plans
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.windows import Window, next_window_back
+from srr_dist.pipeline.work import WindowWork
 from srr_dist.solve import layer_seed, second_order
 from srr_dist.store import ObjectStore, RunArea
 from srr_dist.store.events import read_events
@@ -297,6 +298,22 @@ def test_run_that_is_cut_off_on_its_way_back_goes_on_and_keeps_the_same(job, und
     assert kept_files(tmp_path) == kept_files(undisturbed)
     (area,) = (tmp_path / "out/.srr").iterdir()
     assert not (area / "boundaries").exists() and not (area / "gradients").exists()
+
+
+@pytest.mark.slow
+def test_worker_that_dies_while_gradients_come_back_costs_its_window(job, undisturbed, tmp_path, monkeypatch):
+    come_back, killed = WindowWork._sketch, list[str]()
+
+    def die(work: WindowWork) -> Any:
+        if not killed and work.name == "blocks 2–3":
+            killed.append(work.name)
+            work._stages[0][0].kill()
+        return come_back(work)
+
+    monkeypatch.setattr(WindowWork, "_sketch", die)
+    worked, again = windows(undisturbed), run_here(job, tmp_path, workers=1, blocks_per_stage=2)
+    assert again == [*worked[:4], *killed, *worked[4:]]
+    assert kept_files(tmp_path) == kept_files(undisturbed)
 
 
 @pytest.mark.slow
