@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import platform
 import random
 import tempfile
 import time
@@ -25,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from memory import VOCAB, write_checkpoint
+from memory import VOCAB, processor, write_checkpoint
 
 from srr_dist.calibration import InputMoment
 from srr_dist.checkpoint.decoder import Decoder
@@ -157,12 +156,6 @@ def measured_hardware(folder: Path, options: dict[str, Any]) -> Hardware:
     torch.set_num_threads(threads)
     where = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {date.today()}"
     return Hardware("CPU", "thread of a CPU", where, None, 8 * 2**30, seconds_to_start(options), rates.found)
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def as_file(hardware: Hardware) -> str:

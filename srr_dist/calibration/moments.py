@@ -12,6 +12,8 @@ from torch import Tensor
 
 _LQER_FLOOR = 1e-4
 _PANELS = 4
+_STRIP = 512
+"""Rows of float32 sums that are added to float64 ones at once: a CPU converts them first, into memory of their own."""
 
 
 def moment_bytes(features: int, scaling: str) -> int:
@@ -105,6 +107,14 @@ class InputMoment:
                 return (s / (s.min() * s.max()).sqrt()).square()
         raise ValueError(f"scaling: {self.scaling!r} is not known")
 
+    def take(self) -> Tensor:
+        """``value()`` in the memory of the sums, which are gone with it: so large a matrix is not held twice."""
+        if self.scaling != "exact" or self.tokens == 0:
+            return self.value()
+        self._mirror()
+        value, self.total = self.total.div_(self.tokens), self.total.new_empty(0)
+        return value
+
     def parts(self) -> dict[int, Tensor]:
         """First row -> the rows of ``total`` that are added to, views: all that a moment is but for its two counts.
 
@@ -134,7 +144,9 @@ class InputMoment:
         """Add the lower triangle of ``leftᵀ right``, panel by panel: symmetry saves three eighths of the arithmetic."""
         for start, part in self.parts().items():
             rows, columns = part.shape
-            part.add_(gram(left[:, start : start + rows], right[:, :columns]).to(part.device))
+            products = gram(left[:, start : start + rows], right[:, :columns]).to(part.device)
+            for sums, strip in zip(part.split(_STRIP), products.split(_STRIP), strict=True):
+                sums.add_(strip)
 
 
 def accumulator_shape(features: int, scaling: str) -> tuple[int, ...]:

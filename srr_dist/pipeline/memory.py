@@ -1,23 +1,28 @@
 """What a block needs in memory, and how many blocks a stage may hold: pure arithmetic, no device is touched.
 
-A stage keeps, for every block it holds, the weights in the type of the forward pass (and, where that is another type
-or another device, the source's own, from which the solver works), and one moment per shared input. While it runs a
-sequence it needs that block's activations; while it solves a layer, a handful of matrices of the layer's size.
+A stage keeps, for every block it holds, the source's own weights, from which the solver works, and one moment per
+shared input. While sequences pass there are beside them the weights in the type of the forward pass, where that is
+another type or another device, and one block's activations. Then these go, and solving a layer takes a handful of
+matrices of its size (``solve_memory``); what is solved is packed when the last layer of its block is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from srr_dist.calibration import moment_bytes
 from srr_dist.calibration.head import LOGITS_AT_ONCE
 from srr_dist.calibration.sketches import held_out_bytes, sketch_bytes
-from srr_dist.checkpoint.graph import Block
+from srr_dist.checkpoint.graph import Block, shared_inputs
 from srr_dist.errors import ConfigError
+from srr_dist.pipeline.solve_memory import Solving, solve_bytes, solve_bytes_beside
 
 PROCESS_BYTES = 700 * 2**20
 """Host memory of a worker that has imported torch and transformers and holds nothing yet (measured: 520 to 640 MiB)."""
+
+_PACKING_BYTES = 5
+"""For each code of the largest layer: as a level in two bytes, and in runs of eight as they are, shifted and joined."""
 
 SMALL_LAYER = 4 * 2**20
 """Weights of a layer up to which it is solved beside others."""
@@ -38,18 +43,12 @@ class Workload:
     quantized: frozenset[str]
     """Full names of the layers to solve."""
     on_gpu: bool
-    feedback: bool = False
-    """Whether moments are factored for rounding with error feedback."""
-    downdated: bool = False
-    """Whether that happens for each layer, beyond its adapter."""
+    solving: Solving = field(default_factory=Solving)
+    """How layers are solved."""
     bits: int = 0
     """Of a code."""
-    code_bytes: int = 1
-    """Of a code that is not packed."""
     rank: int = 0
     """Of the adapters."""
-    tuned: bool = False
-    """Whether blocks are tuned against their outputs."""
     sketch: str = ""
     """Kind of the sketches that gradients are summed in, "" for none."""
     held_out: int = 0
@@ -67,14 +66,22 @@ class Need:
     """Bytes a block needs: kept as long as the stage holds it, and in passing."""
 
     weights: int
+    """In the type of the forward passes; kept until the sequences have passed."""
     source: int
     """Host copy of the source's own tensors, 0 where the forward pass uses the very same; or of held-out gradients."""
     moments: int
     """Of inputs; or sketches, where these are larger: a window gathers the ones or the others."""
     forward: int
+    products: int
+    """Where moments are: of one sequence's inputs with themselves, before they are added."""
     solve: int
+    """Moments not included."""
+    solve_beside: int
+    """The same where moments lie beside, with what is still there of this block's."""
     results: int
-    """Host memory of what was solved, until it is durable."""
+    """Host memory of what was solved."""
+    packing: int
+    """Host memory to pack it and write it down, once the block is solved."""
     graph: int = 0
     """What autograd keeps of a sequence's pass until its gradient comes back through the blocks behind."""
 
@@ -99,23 +106,31 @@ class Holding:
 
 def block_need(block: Block, source: int, work: Workload) -> Need:
     """The memory of one block under a workload; ``source`` as in Need."""
-    weights = work.copies * parameters(block) * work.compute_bytes
-    layers = [linear for linear in block.linears if linear.name in work.quantized]
-    inputs = {linear.input: linear.in_features for linear in layers}
-    moments = sum(moment_bytes(features, work.scaling) for features in inputs.values())
+    weights, groups = parameters(block), shared_inputs(block, work.quantized)
+    layers = [linear for group in groups for linear in group]
+    widths = [group[0].in_features for group in groups]
+    moments = sum(moment_bytes(features, work.scaling) for features in widths)
     outputs = sum(linear.out_features for linear in block.linears) + 8 * work.hidden_size
-    forward = work.seq_len * (outputs * work.compute_bytes + 4 * max(inputs.values(), default=0))
-    solve = max((_solve_bytes(linear.out_features, linear.in_features, work) for linear in layers), default=0)
-    solve *= layers_at_once(block, work.quantized, work.threads, on_gpu=work.on_gpu)
-    if work.tuned:
-        solve = max(solve, _tune_bytes(parameters(block), forward, 1 if work.on_gpu else work.threads))
+    forward = work.seq_len * (outputs * work.compute_bytes + 4 * max(widths, default=0))
+    products = max(widths, default=0) ** 2 if work.scaling == "exact" else 0  # a quarter of the rows in float32
+    at_once = layers_at_once(block, work.quantized, work.threads, on_gpu=work.on_gpu)
+    solve = solve_bytes(groups, work.solving, work.scaling, at_once, on_gpu=work.on_gpu)
+    beside = solve_bytes_beside(groups, work.solving, work.scaling, at_once)
+    if work.solving.tuned:
+        tune = _tune_bytes(weights, forward, 1 if work.on_gpu else work.threads)
+        solve, beside = max(solve, tune), max(beside, moments + tune)
+    results = sum(_result_bytes(linear.out_features, linear.in_features, work) for linear in layers)
+    packing = sum(_packed_bytes(linear.out_features, linear.in_features, work) for linear in layers)
+    packing += _PACKING_BYTES * max((linear.out_features * linear.in_features for linear in layers), default=0)
+    graph = 0
     if work.sketch:
         shapes = [(linear.out_features, linear.in_features) for linear in layers]
         moments = max(moments, sum(sketch_bytes(work.sketch, m, n) for m, n in shapes))
         source = max(source, work.held_out * sum(held_out_bytes(work.seq_len, m, n) for m, n in shapes))
-        solve = max(solve, forward + max((_back_bytes(m, n, work.seq_len) for m, n in shapes), default=0))
-    results = sum(_result_bytes(linear.out_features, linear.in_features, work) for linear in layers)
-    return Need(weights, source, moments, forward, solve, results, graph=2 * forward if work.sketch else 0)
+        graph = 2 * forward
+        forward += max((_back_bytes(m, n, work.seq_len) for m, n in shapes), default=0)
+    kept = work.copies * weights * work.compute_bytes
+    return Need(kept, source, moments, forward, products, solve, beside, results, packing, graph)
 
 
 def choose_holding(
@@ -172,14 +187,21 @@ def gib(count: int) -> str:
 def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> tuple[int, int]:
     """Host and GPU bytes at the peak of a stage that holds ``count`` of the largest blocks."""
     largest = sorted(needs, key=lambda need: need.weights + need.source + need.moments, reverse=True)[:count]
-    weights = sum(need.weights + need.graph for need in largest)
-    moments = sum(need.moments for need in largest)
-    passing = max(max(need.forward, need.solve) for need in needs)
-    results = max(need.results for need in needs)
-    host = PROCESS_BYTES + results + sum(need.source for need in largest) + (moments if placement == "host" else 0)
+    beside = placement == PLACEMENTS[0 if work.on_gpu else 1]
+    moments = [need.moments for need in largest]
+    products, results = max(need.products for need in needs), max(need.results for need in needs)
+    packing = results + max(need.packing for need in needs)
+    passing = work.outside + sum(need.weights + need.graph for need in largest) + max(need.forward for need in needs)
+    solving = max(need.solve for need in needs)
+    if beside:
+        passing += sum(moments)
+        solving = sum(moments[1:]) + max(need.solve_beside for need in needs)
+    host = PROCESS_BYTES + sum(need.source for need in largest)
     if work.on_gpu:
-        return host + work.outside, work.outside + weights + passing + (moments if placement == "device" else 0)
-    return host + work.outside + weights + passing, 0
+        away = sum(moments) if placement == "host" else 0
+        return host + work.outside + away + packing + products * (not beside), max(passing + products * beside, solving)
+    solving += results + sum(need.weights for need in largest if not need.source)
+    return host + max(passing + products, solving, packing + sum(moments[1:]) * beside), 0
 
 
 def _tune_bytes(weights: int, forward: int, threads: int) -> int:
@@ -200,18 +222,11 @@ def _back_bytes(m: int, n: int, tokens: int) -> int:
     return max(4 * (through + tokens * (m + n) + max(m, n) ** 2 // 4), 24 * LOGITS_AT_ONCE)
 
 
-def _solve_bytes(out_features: int, in_features: int, work: Workload) -> int:
-    """Matrices alive while a layer is solved: W, residual, Q, E, E H and one more, codes; H in float32 and float64.
-
-    To factor H takes two more in float64 instead of one, and beyond an adapter H itself and its factor stay beside it.
-    """
-    weights = out_features * in_features * (6 * 4 + 2 * work.code_bytes)
-    if work.scaling != "exact":
-        return weights + in_features * 12
-    return weights + in_features * in_features * (12 + 8 * work.feedback + 8 * work.downdated)
-
-
 def _result_bytes(out_features: int, in_features: int, work: Workload) -> int:
-    """Codes with their adapter, and what is packed of this block and of the one that is uploaded."""
-    adapter = adapter_bytes(out_features, in_features, work.rank)
-    return out_features * in_features * (4 * work.code_bytes + work.bits) // 4 + 3 * adapter
+    """Codes with their adapter."""
+    return out_features * in_features * work.solving.code_bytes + adapter_bytes(out_features, in_features, work.rank)
+
+
+def _packed_bytes(out_features: int, in_features: int, work: Workload) -> int:
+    """Packed codes, and once more the bytes of them and of the adapter that go into a file."""
+    return out_features * in_features * work.bits // 4 + adapter_bytes(out_features, in_features, work.rank)

@@ -11,6 +11,7 @@ from srr_dist.checkpoint.source import Checkpoint
 from srr_dist.pipeline.cluster import Cluster
 from srr_dist.pipeline.memory import Budget, Holding, Need, Workload, adapter_bytes, block_need, choose_holding, gib
 from srr_dist.pipeline.run import Run, dtype_name
+from srr_dist.pipeline.solve_memory import Solving
 from srr_dist.pipeline.windows import Window, all_windows
 
 
@@ -93,14 +94,18 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         scaling=run.config.scaling,
         quantized=run.quantized,
         on_gpu=bool(cluster.gpus),
-        feedback=run.config.rounding != "nearest",
-        downdated=rank > 0
-        and run.config.iterations + run.config.descent > 0
-        and run.config.rounding_metric == "downdated",
+        solving=Solving(
+            feedback=run.config.rounding != "nearest",
+            descent=run.config.descent > 0,
+            downdated=rank > 0
+            and run.config.iterations + run.config.descent > 0
+            and run.config.rounding_metric == "downdated",
+            code_bytes=run.grid.dtype.itemsize,
+            tuned=run.config.tune_steps > 0,
+            judged_by=run.held_out if run.config.rounding == "yaqa" else 0,
+        ),
         bits=run.config.bits,
-        code_bytes=run.grid.dtype.itemsize,
         rank=rank,
-        tuned=run.config.tune_steps > 0,
         sketch=run.config.sketch,
         held_out=run.held_out,
         threads=cluster.cpus,

@@ -102,7 +102,9 @@ class BlockSolver:
                 f"layer {linear.name}: {moment.excluded} of {rows} input rows hold NaN or Inf, allowed is a share of "
                 f"{allowed}; check the model and --dtype {self.run.config.dtype}, or raise --max-bad-rows"
             )
-        return Metric.of(moment.value().to(self.device), self.run.config.shrinkage)
+        again = self.run.config.tune_steps > 0  # once tuned, layers are measured again
+        value = moment.value() if again else moment.take()
+        return Metric.of(value.to(self.device), self.run.config.shrinkage)
 
 
 def result_tensors(solutions: Mapping[str, Stored], grid: Grid) -> dict[str, dict[str, Tensor]]:

@@ -134,6 +134,7 @@ class Stage(Pulse):
                 self._keep_moments(self.held[index])
             if index not in plan.collect or plan.then == "nothing":
                 self._drop(index)
+        release_memory()
 
     def backward(self, sequences: Sequence[int], payload: hidden_states.Payload | None) -> hidden_states.Payload | None:
         """Take gradients back through this stage's blocks, one by one, adding to the sketches.

@@ -152,8 +152,8 @@ def dequantize(points: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
     It is taken in float32, where it is exact for integer codes (8 + 8 significant bits), and rounded to ``dtype``.
     """
-    groups = points.float().reshape(*scale.shape, -1)
-    return (groups * scale.float().unsqueeze(-1)).reshape(points.shape).to(dtype)
+    groups = points.to(torch.float32, copy=True).reshape(*scale.shape, -1)
+    return groups.mul_(scale.float().unsqueeze(-1)).reshape(points.shape).to(dtype)
 
 
 @dataclass(frozen=True)

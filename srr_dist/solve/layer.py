@@ -77,12 +77,13 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
     of ``W − Q``, never worse than ``P_k`` plus a rank-(r − k) correction, which is one candidate of that rank.
     """
     started = time.perf_counter()
-    problem = Problem(W.float(), metric, name, options)
+    W = W.float()  # and the source's own is let go, which on a GPU is a copy
+    problem = Problem(W, metric, name, options)
     contest, k_criterion, search = _choose(problem)
     searched = search.objectives if search else {}
     chosen, objectives = problem.improved(contest.best), contest.objectives
     L, R = _stored_factors(chosen.L, chosen.R, metric)
-    stored = metric.remainder(problem.W - chosen.Q, chosen.error, L.float(), R.float())
+    stored = metric.remainder(problem.error(chosen.codes, chosen.scale), chosen.error, L.float(), R.float())
     sigma = (chosen.energies * metric.unit).sqrt().float()
     m, n = W.shape
     unit = metric.unit

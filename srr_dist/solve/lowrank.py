@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srr_dist.solve.metric import CANCELLATION, Metric, eigh, gram
+from srr_dist.solve.metric import CANCELLATION, Metric, eigh, gram, less
 from srr_dist.threads import one_thread
 
 OVERSAMPLING = 16
@@ -91,7 +91,7 @@ def leading_subspace(
     R, energies = (found.U.mT @ E)[:rank], found.values[:rank].clamp_min(0.0)
     U, tail = found.U[:, :rank], total - float(energies.sum())
     if tail < CANCELLATION * total:  # a few massive inputs may hold all but 1e-6 of the total
-        tail = max(metric.energy(E - U @ R), 0.0)
+        tail = max(metric.energy(less(E, U, R)), 0.0)
     return Subspace(U, R, energies, tail, found.steps)
 
 

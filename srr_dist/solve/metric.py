@@ -53,7 +53,8 @@ class Metric:
         if mean <= 0.0:
             return Metric(torch.ones(moment.shape[0], device=moment.device), 0.0)
         H = torch.empty(moment.shape, dtype=torch.float32, device=moment.device)
-        torch.div(moment, mean, out=H)
+        for part, of in zip(H.split(_STRIP), moment.split(_STRIP), strict=True):
+            torch.div(of, mean, out=part)
         (H.diagonal() if H.dim() == 2 else H).add_(shrinkage)
         return Metric(H, mean)
 
@@ -175,7 +176,7 @@ class Metric:
         """
         E, L, HR = self.whitened(E), self.whitened(L), self.left(R.mT)
         rest = energy - 2.0 * inner(E @ HR, L) + float((gram(L, L) * gram(R.mT, HR)).sum())
-        return rest if rest > CANCELLATION * energy else self.inputs.energy(E - L @ R)
+        return rest if rest > CANCELLATION * energy else self.inputs.energy(less(E, L, R))
 
 
 CANCELLATION = 0.01
@@ -187,6 +188,16 @@ _THIN = 256
 
 _RANK_SHARE = 1e-10
 """Share of the largest eigenvalue of ``R H Rᵀ`` below which R has nothing in a direction."""
+
+
+_STRIP = 512
+"""Rows of a float64 moment that become float32 at once: a CPU divides them in float64 first, in memory of their own."""
+
+
+def less(E: Tensor, L: Tensor, R: Tensor) -> Tensor:
+    """``E − L R``, in the memory of the product."""
+    product = L @ R
+    return torch.sub(E, product, out=product)
 
 
 def _panel(n: int) -> int:

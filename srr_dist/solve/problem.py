@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, start_directions
-from srr_dist.solve.metric import Metric
+from srr_dist.solve.metric import Metric, less
 from srr_dist.solve.quantizer import Quantizer
 from srr_dist.solve.split import criterion_split, layer_seed, random_subspace
 
@@ -49,7 +49,6 @@ class Candidate:
     k: int
     codes: Tensor
     scale: Tensor
-    Q: Tensor
     L: Tensor
     R: Tensor
     energies: Tensor
@@ -80,16 +79,20 @@ class Problem:
         """Preserve k directions, quantize the residual, reconstruct with the rank that the form leaves."""
         U_k, R_k = self.weight.U[:, :k], self.weight.R[:k]
         L_k, scaled = self.metric.unwhitened(U_k, R_k)
-        residual = self.W - L_k @ scaled  # W − P_k
-        codes, scale = quantizer.quantize(residual, self.metric)
+        codes, scale = quantizer.quantize(less(self.W, L_k, scaled), self.metric)  # W − P_k
         damping = quantizer.damping(self.metric)
         if self.options.form == "joint":
-            return self._reconstructed(codes, scale, k, damping)
+            return self._reconstructed(codes, scale, damping, k)
         Q = quantizer.grid.dequantize(codes, scale)
-        found = self._subspace(residual - Q, self.rank - k)
+        found = self._subspace(less(self.W, L_k, scaled).sub_(Q), self.rank - k)
         *factors, energies = principal(torch.cat((U_k, found.U), dim=1), torch.cat((R_k, found.R)), self.metric.inputs)
-        L, R = self.metric.unwhitened(*factors)
-        return Candidate(k, codes, scale, Q, L, R, energies, self.metric.energy(self.W - Q), found.tail, damping)
+        error = self.metric.energy(torch.sub(self.W, Q, out=Q))
+        return Candidate(k, codes, scale, *self.metric.unwhitened(*factors), energies, error, found.tail, damping)
+
+    def error(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """``W − Q``, in the memory of Q."""
+        Q = self.options.quantizer.grid.dequantize(codes, scale)
+        return torch.sub(self.W, Q, out=Q)
 
     def improved(self, start: Candidate) -> Candidate:
         """Quantize what the adapter leaves, and approximate what the codes leave, in turn; the best is kept.
@@ -99,31 +102,31 @@ class Problem:
         best = current = start
         anew = self.options.iterations if self.rank else 0
         for number in range(1, anew + 1):
-            residual, metric = self._beside(current)
-            codes, scale = self.options.quantizer.quantize(residual, metric)
-            found = self._reconstructed(codes, scale, start.k, self.options.quantizer.damping(metric))
-            current = replace(found, iteration=number)
+            current = replace(self._reconstructed(*self._anew(current), start.k), iteration=number)
             best = min(best, current, key=lambda candidate: candidate.objective)
         current = best
         descends = self.metric.separate and not self.metric.diagonal
         for number in range(anew + 1, anew + 1 + (self.options.descent if descends else 0)):
-            residual, metric = self._beside(current)
-            codes, scale = self.options.quantizer.descend(residual, metric, current.codes, current.scale)
-            current = replace(self._reconstructed(codes, scale, start.k, current.damping), iteration=number)
+            codes, scale = self.options.quantizer.descend(*self._beside(current), current.codes, current.scale)
+            current = replace(self._reconstructed(codes, scale, current.damping, start.k), iteration=number)
             best = min(best, current, key=lambda candidate: candidate.objective)
         return best
+
+    def _anew(self, current: Candidate) -> tuple[Tensor, Tensor, float]:
+        """Codes and scales beside an adapter, and the damping; the metric they were found in is let go."""
+        residual, metric = self._beside(current)
+        return *self.options.quantizer.quantize(residual, metric), self.options.quantizer.damping(metric)
 
     def _beside(self, current: Candidate) -> tuple[Tensor, Metric]:
         """What codes should be near to, and in which metric, beside an adapter that will be fitted to them again."""
         downdated = self.options.rounding_metric == "downdated" and self.rank and not self.metric.diagonal
-        return self.W - current.L @ current.R, self.metric.beyond(current.R) if downdated else self.metric
+        return less(self.W, current.L, current.R), self.metric.beyond(current.R) if downdated else self.metric
 
-    def _reconstructed(self, codes: Tensor, scale: Tensor, k: int, damping: float) -> Candidate:
+    def _reconstructed(self, codes: Tensor, scale: Tensor, damping: float, k: int) -> Candidate:
         """Give all ranks to the best approximation of ``W − Q``."""
-        Q = self.options.quantizer.grid.dequantize(codes, scale)
-        found = self._subspace(self.W - Q, self.rank)
+        found = self._subspace(self.error(codes, scale), self.rank)
         L, R = self.metric.unwhitened(found.U, found.R)
-        return Candidate(k, codes, scale, Q, L, R, found.energies, found.total, found.tail, damping)
+        return Candidate(k, codes, scale, L, R, found.energies, found.total, found.tail, damping)
 
     def _subspace(self, E: Tensor, rank: int) -> Subspace:
         """Of E, in whitened rows."""

@@ -52,23 +52,25 @@ def feedback_of(H: Tensor) -> Feedback:
         n = H.shape[0]
         return Feedback(torch.arange(n, device=H.device), torch.eye(n, device=H.device), H + DAMPING, DAMPING)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    backwards = order.flip(0)  # the Cholesky factor of the reversed matrix, reversed, is upper triangular
-    factor, damping = _cholesky(H[backwards[:, None], backwards].double())
-    lengths = factor.diagonal().clone()
-    factor.div_(lengths)
-    return Feedback(order, factor.float().flip(0, 1), lengths.square_().float().flip(0), damping)
-
-
-def _cholesky(A: Tensor) -> tuple[Tensor, float]:
-    """The lower factor of A (float64, overwritten) damped as little as it takes, and that damping."""
     damping = DAMPING
-    A.diagonal().add_(damping)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(A)
-        if not int(failed):
-            return factor, damping
-        A.diagonal().add_(9.0 * damping)
+    while (factor := _cholesky(H, order, damping)) is None:
         damping *= 10.0
+    lengths = factor.diagonal().clone()
+    factor = factor.div_(lengths).float()
+    return Feedback(order, factor.flip(0, 1), lengths.square_().float().flip(0), damping)
+
+
+def _cholesky(H: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """The lower factor of the damped H in reverse order, float64, which reversed is upper triangular; None without one.
+
+    It takes the place of the matrix, which for that lies column by column: of a wide layer either takes gigabytes.
+    """
+    backwards = order.flip(0)
+    A = H.mT[backwards[:, None], backwards].double().mT
+    A.diagonal().add_(damping)
+    failed = torch.empty(0, dtype=torch.int32, device=H.device)
+    torch.linalg.cholesky_ex(A, out=(A, failed))
+    return None if int(failed) else A
 
 
 def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback, zero: Tensor | None = None) -> Tensor:
@@ -100,10 +102,10 @@ def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor
     damped.diagonal().add_(DAMPING)
     curvature = damped.diagonal().clone()
     size, zero = W.shape[1] // scale.shape[1], grid.zero(codes)
-    steps = scale.float().mT.repeat_interleave(size, dim=0)
-    zeros = None if zero is None else zero.mT.repeat_interleave(size, dim=0)
     Q = grid.dequantize(codes, scale).mT.contiguous()
     target = (damped @ (W.mT - Q)).div_(curvature.unsqueeze(1)).add_(Q)
+    steps = scale.float().mT.repeat_interleave(size, dim=0)
+    zeros = None if zero is None else zero.mT.repeat_interleave(size, dim=0)
     return _sweep(Q, target, steps, zeros, damped.div_(curvature), grid).mT.contiguous()
 
 

@@ -75,6 +75,17 @@ def test_value_can_be_read_between_updates(scaling):
     assert torch.equal(moment.value(), accumulated(xs, scaling).value())
 
 
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_value_that_is_taken_is_the_same_to_the_bit(scaling):
+    moment = accumulated(sequences(4, 20, 37), scaling)
+    expected, total = moment.value(), moment.total
+    taken = moment.take()
+    assert torch.equal(taken, expected)
+    assert (moment.tokens, moment.excluded) == (80, 0)
+    assert (taken is total) == (scaling == "exact")  # the sums' own memory, which the moment has no part in any more
+    assert (moment.total.numel() == 0) == (scaling == "exact")
+
+
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.lists(st.integers(1, 7), max_size=5), scaling=st.sampled_from(SCALINGS))
 def test_value_does_not_depend_on_how_sequences_are_grouped(cuts, scaling):

@@ -23,6 +23,7 @@ from srr_dist.pipeline.memory import (
     layers_at_once,
     parameters,
 )
+from srr_dist.pipeline.solve_memory import Solving
 
 MIB = 2**20
 SIZES = st.integers(0, 4000)
@@ -44,7 +45,9 @@ def workload(**changes) -> Workload:
 def need(
     weights: int = 100, source: int = 0, moments: int = 50, forward: int = 10, solve: int = 20, results: int = 0
 ) -> Need:
-    return Need(*(size * MIB for size in (weights, source, moments, forward, solve, results)))
+    """Of a block whose moments stay until it is solved."""
+    sizes = (weights, source, moments, forward, 0, solve, moments + solve, results, 0)
+    return Need(*(size * MIB for size in sizes))
 
 
 def hold(needs: list[Need], budget: Budget, most: int = 8, **work) -> Holding:
@@ -81,9 +84,11 @@ def test_need_counts_only_layers_that_are_quantized():
         ({"seq_len": 64}, {"forward"}),
         ({"compute_bytes": 8}, {"weights", "forward"}),
         ({"copies": 2}, {"weights"}),
-        ({"bits": 4}, {"results"}),
-        ({"rank": 8}, {"results"}),
-        ({"code_bytes": 2}, {"solve", "results"}),
+        ({"bits": 4}, {"packing"}),
+        ({"rank": 8}, {"results", "packing"}),
+        ({"solving": Solving(code_bytes=2)}, {"solve", "solve_beside", "results"}),
+        ({"solving": Solving(feedback=True)}, {"solve", "solve_beside"}),
+        ({"solving": Solving(tuned=True)}, {"solve", "solve_beside"}),
     ],
 )
 def test_need_grows_where_the_workload_does(change, grows):
@@ -141,16 +146,25 @@ def test_cpu_holds_fewer_blocks_before_moments_go_to_disk(free, expected):
 @pytest.mark.parametrize(
     ("host", "gpu", "expected"),
     [
-        (0, 4 * 150 + 20, (4, "device")),
-        (1000, 1 * 150 + 20, (1, "device")),
-        (1000, 1 * 150 + 19, (1, "host")),
-        (49, 1 * 150 + 19, (1, "disk")),
-        (100, 2 * 100 + 20, (1, "device")),
+        (0, 4 * 150 + 10, (4, "device")),  # the passes' weights are gone when layers are solved
+        (0, 4 * 150 + 9, (3, "device")),
+        (1000, 1 * 150 + 10, (1, "device")),
+        (1000, 1 * 150 + 9, (1, "host")),
+        (49, 1 * 150 + 9, (1, "disk")),
+        (100, 2 * 100 + 10, (1, "device")),
     ],
 )
 def test_gpu_moves_moments_to_the_host_and_then_to_disk(host, gpu, expected):
     found = hold([need()] * 4, Budget(PROCESS_BYTES + host * MIB, gpu * MIB))
     assert (found.blocks, found.placement) == expected
+
+
+def test_peak_is_that_of_passing_or_of_solving_and_not_of_both():
+    passing, solving = need(source=30, forward=60, solve=20, results=10), need(source=30, forward=5, solve=200)
+    assert hold([passing], on_cpu(10**6)).host_bytes == PROCESS_BYTES + (30 + 100 + 50 + 60) * MIB
+    assert hold([solving], on_cpu(10**6)).host_bytes == PROCESS_BYTES + (30 + 50 + 200) * MIB
+    same = need(solve=200, results=10)  # the passes' weights are the solver's
+    assert hold([same], on_cpu(10**6)).host_bytes == PROCESS_BYTES + (100 + 50 + 200 + 10) * MIB
 
 
 def test_holding_is_sized_by_the_largest_blocks():
@@ -163,7 +177,7 @@ def test_holding_is_sized_by_the_largest_blocks():
     ("budget", "option"),
     [
         (on_cpu(119), "host_memory"),
-        (Budget(PROCESS_BYTES, 119 * MIB), "gpu_memory"),
+        (Budget(PROCESS_BYTES, 110 * MIB), "gpu_memory"),
         (Budget(9, 10**12), "host_memory"),
     ],
 )
@@ -186,23 +200,9 @@ def test_small_layers_are_solved_side_by_side_and_need_so_much_more():
     assert block_need(block(0), 0, workload(threads=2)).solve == 2 * block_need(block(0), 0, workload()).solve
 
 
-def test_rounding_with_feedback_needs_two_more_matrices_for_the_moment():
-    plain, fed = (block_need(block(0), 0, workload(feedback=feedback)).solve for feedback in (False, True))
-    assert fed - plain == 8 * 128 * 128
-    assert block_need(block(0), 0, workload(feedback=True, scaling="diag")).solve < plain
-
-
-def test_rounding_beyond_the_adapter_keeps_a_moment_and_a_factor_more():
-    fed, both = (block_need(block(0), 0, workload(feedback=True, downdated=d)).solve for d in (False, True))
-    assert both > fed
-    assert block_need(block(0), 0, workload(downdated=True, scaling="diag")).solve < fed
-
-
 def test_every_block_held_keeps_its_part_of_the_way_back():
-    needs = [need(), need()]
-    without = hold(needs, on_cpu(10**4))
-    kept = hold([replace(one, graph=7 * MIB) for one in needs], on_cpu(10**4))
-    assert kept.host_bytes - without.host_bytes == 2 * 7 * MIB
+    little, more = (hold([replace(need(), graph=size * MIB)] * 2, on_cpu(10**4)) for size in (1000, 1007))
+    assert more.host_bytes - little.host_bytes == 2 * 7 * MIB
 
 
 def test_stage_needs_room_for_moments_or_for_sketches_whichever_is_more():
@@ -210,7 +210,7 @@ def test_stage_needs_room_for_moments_or_for_sketches_whichever_is_more():
     plain, sketched = (block_need(block(0), 0, workload(sketch=kind, held_out=3)) for kind in ("", "B"))
     assert sketched.moments == sum(8 * (m * m + n * n) for m, n in shapes) > plain.moments
     assert sketched.source == 3 * 2 * sum(min(m * n, 32 * (m + n)) for m, n in shapes)
-    assert plain.solve < sketched.solve
+    assert plain.forward < sketched.forward
     assert (plain.graph, sketched.graph) == (0, 2 * plain.forward)
     assert block_need(block(0), 10**9, workload(sketch="B", held_out=3)).source == 10**9
     assert block_need(block(0), 0, workload(sketch="diag")).moments == plain.moments

@@ -11,7 +11,7 @@ from srr_dist.errors import ConfigError
 from srr_dist.pipeline import prepare
 from srr_dist.pipeline.cluster import Cluster
 from srr_dist.pipeline.memory import PROCESS_BYTES, Budget
-from srr_dist.pipeline.plan import Plan, make_plan, output_bytes, rest_bytes, smaller
+from srr_dist.pipeline.plan import Plan, make_plan, output_bytes, smaller
 from srr_dist.pipeline.run import Run
 from srr_dist.pipeline.stage_plan import stage_plans
 from tests.families import build
@@ -53,13 +53,11 @@ def test_windows_share_the_blocks_among_the_workers(model, text, workers, per_st
 
 def test_windows_shrink_where_memory_is_short(model, text):
     run = make_run(model, text)
-    need = max(plan(run).needs, key=lambda need: need.weights)
-    outside = rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize)
-    two_blocks = PROCESS_BYTES + outside + 2 * (need.weights + need.source + need.moments)
-    two_blocks += max(need.forward, need.solve) + need.results
-    found = plan(run, budget=Budget(two_blocks, None))
-    assert found.holding.blocks == 2
-    assert found.holding.host_bytes <= two_blocks < plan(run).holding.host_bytes
+    two, three = (plan(run, blocks_per_stage=count).holding.host_bytes for count in (2, 3))
+    for allowed, blocks in ((three, 3), (three - 1, 2), (two, 2), (two - 1, 1)):
+        found = plan(run, budget=Budget(allowed, None)).holding
+        assert (found.blocks, found.placement) == (blocks, "host")
+        assert found.host_bytes <= allowed
 
 
 def test_plan_that_does_not_fit_is_refused(model, text):
