@@ -72,6 +72,8 @@ LOCATIONS = {"model", "calibration"}
 """Options whose content counts."""
 REFUSALS = {"revision", "max_bad_rows"}
 """Options that decide whether a run is refused; the latter is tested with the stage."""
+KEPT = {"sketch"}
+"""Options that decide what is kept beside the result; tested with the way back of gradients."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def test_same_options_give_the_same_bytes(solver):
 
 def test_table_of_changes_names_every_option():
     named = {name for change in CHANGES for name in change}
-    assert named | LOCATIONS | REFUSALS == {field.name for field in fields(QuantizeConfig)}
+    assert named | LOCATIONS | REFUSALS | KEPT == {field.name for field in fields(QuantizeConfig)}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()))
