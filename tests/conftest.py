@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.commands import flags, run
@@ -21,6 +23,21 @@ WORDS = ["river", "hill", "town", "mill", "water", "bridge", "road", "market", "
 
 settings.register_profile("shared machine", deadline=None)  # a busy machine makes no property false
 settings.load_profile("shared machine")
+
+
+@contextmanager
+def kept_torch_settings() -> Iterator[None]:
+    """A stage owns its process and sets these for all of it; here they come back."""
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(gradients)
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    with kept_torch_settings():
+        yield
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from srr_dist.errors import StoreError
+from srr_dist.pipeline.run import Run
 from srr_dist.store import RunArea
 
 _WRITERS = 2
@@ -90,6 +91,11 @@ class Boundaries:
 
     def _record(self, block: int) -> str:
         return self._area.path(f"{self._kind}/{block:05d}.json")
+
+
+def crossings(run: Run, area: RunArea) -> tuple[Boundaries, Boundaries]:
+    """What is stored between windows: hidden states, and gradients that come back."""
+    return Boundaries(area), Boundaries(area, "gradients", given=len(run.graph.blocks))
 
 
 class BoundaryWriter:

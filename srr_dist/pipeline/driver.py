@@ -12,7 +12,7 @@ from itertools import count
 from srr_dist.config import JobConfig, RunConfig
 from srr_dist.errors import OutputError
 from srr_dist.export import Output, assemble, is_complete, write_views
-from srr_dist.pipeline.boundaries import Boundaries
+from srr_dist.pipeline.boundaries import Boundaries, crossings
 from srr_dist.pipeline.cluster import Actors, connected
 from srr_dist.pipeline.failures import Ledger
 from srr_dist.pipeline.gradients import unsketched
@@ -152,11 +152,6 @@ def missing_units(run: Run, area: RunArea) -> dict[str, int]:
     valid = area.records()
     generations = area.next_generations()
     return {unit: generations.get(unit, 1) for unit in run.units if unit not in valid}
-
-
-def crossings(run: Run, area: RunArea) -> tuple[Boundaries, Boundaries]:
-    """What is stored between windows: hidden states, and gradients that come back."""
-    return Boundaries(area), Boundaries(area, "gradients", given=len(run.graph.blocks))
 
 
 def blocks_at_rest(run: Run) -> set[int]:

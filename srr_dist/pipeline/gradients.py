@@ -127,9 +127,10 @@ class WayBack:
 
 def unsketched(run: Run) -> set[int]:
     """Blocks with layers whose sketch is asked for, and not kept."""
-    kind = run.config.sketch
-    kept = Statistics(run, kind).available() if kind else set()
-    return {block.index for block in run.graph.blocks if kind and not _names(run, block) <= kept}
+    if not run.config.sketch:
+        return set()
+    kept = Statistics(run, run.config.sketch).available()
+    return {block.index for block in run.graph.blocks if not _names(run, block) <= kept}
 
 
 def recall(run: Run, linear: Linear) -> SketchedLayer | None:

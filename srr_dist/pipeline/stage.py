@@ -24,7 +24,7 @@ from srr_dist.calibration import InputMoment
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline import hidden_states
-from srr_dist.pipeline.boundaries import Boundaries, BoundaryWriter
+from srr_dist.pipeline.boundaries import BoundaryWriter, crossings
 from srr_dist.pipeline.cluster import Pulse
 from srr_dist.pipeline.collecting import Collector, KeptStates
 from srr_dist.pipeline.committing import Commits, summary
@@ -63,8 +63,7 @@ class Stage(Pulse):
         self.device = worker_device()
         self.decoder = Decoder(run.checkpoint, dtype=run.dtype, device=self.device)
         self.area = RunArea(ObjectStore(run.output, run.single_driver), run.fingerprint)
-        self.boundaries = Boundaries(self.area)
-        self.gradients = Boundaries(self.area, "gradients", given=len(run.graph.blocks))
+        self.boundaries, self.gradients = crossings(run, self.area)
         self.statistics = Statistics(run)
         self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
         self.collector = Collector(run, placement, self.device, Path(self.scratch.name))

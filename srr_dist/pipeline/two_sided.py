@@ -17,7 +17,7 @@ from srr_dist.errors import StoreError
 from srr_dist.pipeline.collecting import SketchedLayer
 from srr_dist.pipeline.gradients import recall
 from srr_dist.pipeline.run import Run
-from srr_dist.solve import Grid, LayerSolution, Metric, kronecker_cosine, second_order, solve_layer
+from srr_dist.solve import LayerSolution, Metric, kronecker_cosine, second_order, solve_layer
 
 ONE_SIDED, TWO_SIDED = "one-sided", "two-sided"
 
@@ -46,7 +46,8 @@ def solve_gated(run: Run, linear: Linear, W: Tensor, inputs: Metric) -> LayerSol
         for side, its_metric in ((ONE_SIDED, inputs), (TWO_SIDED, metric))
     }
     gradients = [kept.held_out[sequence].to(W.device) for sequence in range(len(kept.held_out))]
-    estimates = {side: second_order(_error(W, found, run.grid), gradients) for side, found in solutions.items()}
+    errors = {side: W.float() - found.weight(run.grid) for side, found in solutions.items()}
+    estimates = {side: second_order(error, gradients) for side, error in errors.items()}
     trusted = estimates[TWO_SIDED] < estimates[ONE_SIDED]  # not if either is no number
     chosen = TWO_SIDED if trusted else ONE_SIDED
     gate = {
@@ -67,10 +68,6 @@ def two_sided(kept: SketchedLayer, inputs: Metric, shrinkage: float) -> Metric:
     own = Metric.of(sides["input"], shrinkage) if "input" in sides else inputs
     # A single number is the same for all outputs of a layer.
     return own if sides["output"].shape == (1,) else own.beside(Metric.of(sides["output"], shrinkage))
-
-
-def _error(W: Tensor, solution: LayerSolution, grid: Grid) -> Tensor:
-    return W.float() - solution.weight(grid)
 
 
 def _number(value: float) -> float | None:

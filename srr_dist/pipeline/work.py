@@ -62,8 +62,8 @@ class WindowWork:
     ) -> None:
         self._plan, self._window, self._missing, self._watch = plan, window, missing, watch
         pending = [int(unit) for unit in missing if unit != REST]
-        solved = window is not None and window.then == "solve"
-        ahead = following(window, pending, len(workers), plan.holding.blocks) if window and solved else None
+        solved = window if window is not None and window.then == "solve" else None
+        ahead = following(solved, pending, len(workers), plan.holding.blocks) if solved is not None else None
         parts = stage_plans(window, number, plan.planned_memory(), ahead) if window is not None else []
         self._stages = list(zip(workers, parts, strict=False))
         self._workers = [worker for worker, _ in self._stages] or [workers[-1]]

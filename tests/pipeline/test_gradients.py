@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from srr_dist.calibration.sketches import HeldOut, Sketch, sketch_passes
 from srr_dist.config import QuantizeConfig, RunConfig
 from srr_dist.errors import StoreError
 from srr_dist.pipeline import driver
-from srr_dist.pipeline.boundaries import Boundaries
+from srr_dist.pipeline.boundaries import Boundaries, crossings
 from srr_dist.pipeline.driver import blocks_at_rest, quantize
 from srr_dist.pipeline.failures import UnitError
 from srr_dist.pipeline.gradients import recall, unsketched
@@ -38,13 +37,7 @@ SAMPLES, LENGTH, BLOCKS = 5, 24, 3
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """A stage owns its process and sets these for all of it."""
-    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(gradients)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +75,7 @@ def stream(run: Run, chain: list[Any]) -> None:
 
 
 def places(run: Run) -> tuple[Boundaries, Boundaries]:
-    return driver.crossings(run, RunArea(ObjectStore(run.output), run.fingerprint))
+    return crossings(run, RunArea(ObjectStore(run.output), run.fingerprint))
 
 
 def following_window(run: Run, *capacity: int) -> Window:

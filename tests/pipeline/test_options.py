@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 import ray
-import torch
 
 from srr_dist.config import JobConfig, QuantizeConfig
 from srr_dist.errors import CheckpointError, ConfigError, StoreError
@@ -24,7 +23,7 @@ from srr_dist.pipeline.stage import Stage
 from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.store import BlockRecord, RunArea, read_complete
 from tests.commands import wait_until
-from tests.conftest import RayCluster
+from tests.conftest import RayCluster, kept_torch_settings
 from tests.families import build
 from tests.s3 import MotoServer, environment, set_variables
 
@@ -114,11 +113,9 @@ class Solver:
 
 @pytest.fixture(scope="module")
 def solver(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Solver]:
-    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     model = build("llama", tmp_path_factory.mktemp("one-block"), num_hidden_layers=1)
-    yield Solver(model, text, tmp_path_factory.mktemp("solved"))
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(gradients)
+    with kept_torch_settings():
+        yield Solver(model, text, tmp_path_factory.mktemp("solved"))
 
 
 def test_same_options_give_the_same_bytes(solver):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -37,13 +36,7 @@ from tests.families import build
 SAMPLES, LENGTH = 4, 24
 
 
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """A stage owns its process and sets these for all of it."""
-    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(gradients)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 @pytest.fixture(scope="module")

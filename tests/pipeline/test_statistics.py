@@ -165,15 +165,7 @@ def solved(run: Run, *, passes: bool) -> dict[str, Any]:
     return {"files": files, "layers": layers, "calibrated": record.seconds["calibrate"] > 0}
 
 
-@pytest.fixture
-def _torch_settings() -> Iterator[None]:
-    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(gradients)
-
-
-@pytest.mark.usefixtures("_torch_settings")
+@pytest.mark.usefixtures("torch_settings")
 @pytest.mark.parametrize("scaling", ["exact", "diag", "lqer"])
 def test_another_recipe_takes_the_moments_of_the_first_and_commits_the_same(one_block, text, tmp_path, scaling):
     def other(output: str, statistics: str) -> Run:
