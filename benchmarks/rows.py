@@ -20,6 +20,7 @@ from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline.comparison import Comparison
 from srr_dist.pipeline.tuning import loaded_block_error
 from srr_dist.solve import (
+    Grid,
     LayerSolution,
     Metric,
     Quantizer,
@@ -165,6 +166,16 @@ class Row:
         return {"recipe": self.name, **self.costs(), **total.figures(), f"kl_{kl_sequences}": some.figures()["kl"]}
 
 
+def load_stored(
+    decoder: Decoder, block: Block, weights: dict[str, Tensor], stored: Mapping[str, Stored], grid: Grid
+) -> None:
+    """Have the decoder hold a block with these layers in the place of its own."""
+    quantized = {f"{name}.weight": grid.dequantize(layer.codes, layer.scale) for name, layer in stored.items()}
+    module = decoder.load_block(block.index, weights | quantized)
+    factors = {name: (layer.L, layer.R) for name, layer in stored.items() if layer.L.shape[1]}
+    attach_adapters(module, decoder.linear_modules(block.index), factors)
+
+
 class SolvedRow(Row):
     """A recipe of ours, solved block by block."""
 
@@ -175,14 +186,10 @@ class SolvedRow(Row):
         self.relative: list[float] = []
 
     def load(self, decoder: Decoder, original: Original) -> None:
-        block, grid = original.block, self.recipe.options.quantizer.grid
         stored: Mapping[str, Stored] = self._solve(original)
         if self.recipe.tune_steps:
             stored = self._tune(decoder, original, stored)
-        quantized = {f"{name}.weight": grid.dequantize(layer.codes, layer.scale) for name, layer in stored.items()}
-        module = decoder.load_block(block.index, original.weights | quantized)
-        factors = {name: (layer.L, layer.R) for name, layer in stored.items() if layer.L.shape[1]}
-        attach_adapters(module, decoder.linear_modules(block.index), factors)
+        load_stored(decoder, original.block, original.weights, stored, self.recipe.options.quantizer.grid)
 
     def costs(self) -> dict[str, float]:
         return {

@@ -10,11 +10,49 @@ the smaller second-order estimate on other sequences decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from srr_dist.solve.metric import Metric, inner
+
+ONE_SIDED, TWO_SIDED = "one-sided", "two-sided"
+"""Solutions in the metric of a layer's inputs, and in that of its sketch."""
+
+
+def sketch_metric(sides: Mapping[str, Tensor], inputs: Metric, shrinkage: float) -> Metric:
+    """The metric of a sketch; where it has the output side alone, beside that of the inputs.
+
+    Args:
+        sides: ``output`` ``[m, m]``, ``[m]`` or ``[1]``, and ``input`` ``[n, n]`` where the sketch has that.
+        inputs: the metric of the layer's inputs.
+        shrinkage: of the sides, as of a moment.
+    """
+    H = {side: factor.to(inputs.H.device) for side, factor in sides.items()}
+    own = Metric.of(H["input"], shrinkage) if "input" in H else inputs
+    # A single number is the same for all outputs of a layer.
+    return own if H["output"].shape == (1,) else own.beside(Metric.of(H["output"], shrinkage))
+
+
+def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tensor]) -> dict[str, Any]:
+    """Which of two solutions has the smaller second-order estimate on gradients that neither has seen.
+
+    Args:
+        errors: float32 ``[m, n]``, ``W − Ŵ`` of the ``ONE_SIDED`` and of the ``TWO_SIDED`` solution.
+        metric: that of the two-sided one.
+        gradients: float32 ``[m, n]``, of the sequences held out.
+
+    Returns:
+        ``chosen``, the two-sided one only if both estimates are numbers and its own is the smaller; ``second_order`` of
+        both; and the ``cosine`` between the sketch and what it stands for; None in the place of what is no number.
+    """
+    estimates = {side: second_order(error, gradients) for side, error in errors.items()}
+    return {
+        "chosen": TWO_SIDED if estimates[TWO_SIDED] < estimates[ONE_SIDED] else ONE_SIDED,
+        "second_order": {side: _number(estimate) for side, estimate in estimates.items()},
+        "cosine": _number(kronecker_cosine(metric, gradients)) if len(gradients) > 1 else None,
+    }
 
 
 def second_order(delta: Tensor, gradients: Iterable[Tensor]) -> float:
@@ -46,3 +84,7 @@ def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
     pairs = [inner(gradients[a], gradients[b]) ** 2 for a in range(count) for b in range(a)]
     H_O = gradients[0].shape[0] if outputs is None else inner(outputs.H, outputs.H)  # the identity's
     return projection / math.sqrt(inner(metric.H, metric.H) * H_O * sum(pairs) / len(pairs))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

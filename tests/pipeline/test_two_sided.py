@@ -15,8 +15,18 @@ from srr_dist.checkpoint.graph import Linear
 from srr_dist.errors import StoreError
 from srr_dist.pipeline import two_sided as module
 from srr_dist.pipeline.collecting import SketchedLayer
-from srr_dist.pipeline.two_sided import ONE_SIDED, TWO_SIDED, solve_gated, two_sided
-from srr_dist.solve import IntGrid, Metric, Quantizer, SolveOptions, second_order, solve_layer
+from srr_dist.pipeline.two_sided import solve_gated
+from srr_dist.solve import (
+    ONE_SIDED,
+    TWO_SIDED,
+    IntGrid,
+    Metric,
+    Quantizer,
+    SolveOptions,
+    second_order,
+    sketch_metric,
+    solve_layer,
+)
 from tests.solve.problems import moment, normal, weight
 
 M, N, LINEAR = 48, 64, Linear("layer", 48, 64, "layer")
@@ -53,7 +63,7 @@ def test_two_sided_solution_is_kept_where_held_out_gradients_are_as_those_seen(m
     gate = found.result["gate"]
     assert gate["chosen"] == TWO_SIDED
     assert 0.5 < gate["cosine"] < 1.5
-    for side, metric in ((ONE_SIDED, inputs), (TWO_SIDED, two_sided(kept, inputs, 0.0))):
+    for side, metric in ((ONE_SIDED, inputs), (TWO_SIDED, sketch_metric(kept.sketch.value(), inputs, 0.0))):
         alone = solve_layer(weight(M, N), metric, "layer", OPTIONS)
         estimate = second_order(weight(M, N) - alone.weight(GRID), kept.held_out)
         assert gate["second_order"][side] == pytest.approx(estimate, rel=1e-9)
@@ -85,14 +95,14 @@ def test_sketch_that_is_lost_names_its_layer(monkeypatch):
 @pytest.mark.parametrize(("kind", "shape"), [("full", (M, M)), ("diag", (M,)), ("scalar", None)])
 def test_sketch_of_outputs_alone_stands_beside_the_metric_of_inputs(kind, shape):
     inputs = Metric.of(moment("decaying", N))
-    metric = two_sided(sketched(gradients(20, outputs=3), [], kind), inputs, 0.1)
+    metric = sketch_metric(sketched(gradients(20, outputs=3), [], kind).sketch.value(), inputs, 0.1)
     assert torch.equal(metric.H, inputs.H)
     assert (metric.outputs.H.shape if metric.outputs is not None else None) == shape
 
 
 def test_shrinkage_reaches_both_sides_of_a_sketch():
     kept, inputs = sketched(gradients(20, outputs=3), []), Metric.of(moment("decaying", N))
-    plain, shrunk = (two_sided(kept, inputs, share) for share in (0.0, 0.5))
+    plain, shrunk = (sketch_metric(kept.sketch.value(), inputs, share) for share in (0.0, 0.5))
     assert plain.outputs is not None and shrunk.outputs is not None
     torch.testing.assert_close(shrunk.H - plain.H, 0.5 * torch.eye(N))
     torch.testing.assert_close(shrunk.outputs.H - plain.outputs.H, 0.5 * torch.eye(M))

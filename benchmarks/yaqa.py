@@ -1,0 +1,236 @@
+"""KL of rounding against the network's output beside the same recipes for each layer's own output, at equal tokens.
+
+Moments and sketches are collected once, after each of ``--sequences``. From them, layers are solved for their inputs,
+from their sketch, and with the gate that the library has between the two; all of these models are compared with the
+original on held-out text. Sketches, gate and solver are the library's own; what differs from ``srr_dist.quantize`` is
+only that nothing is committed.
+
+    python benchmarks/yaqa.py --model M --calibration TEXT --text TEXT --bits 2 3 4 --sequences 64 256 1024 --folder yaqa
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import Original, Row, load_stored
+from torch import Tensor
+from walk import Walk
+
+from srr_dist.calibration.sketches import HeldOut
+from srr_dist.checkpoint.decoder import Decoder
+from srr_dist.checkpoint.graph import Block, BlockGraph, build_graph
+from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
+from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
+from srr_dist.pipeline.comparison import compare
+from srr_dist.solve import (
+    ONE_SIDED,
+    TWO_SIDED,
+    LayerSolution,
+    Metric,
+    Quantizer,
+    SolveOptions,
+    gate,
+    make_grid,
+    sketch_metric,
+    solve_layer,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is solved for inputs, from sketches, and with the gate."""
+
+    name: str
+    options: SolveOptions
+    shrinkage: float
+    sketch: str
+    sequences: int
+
+
+GATED = "gated"
+
+
+def recipes(arguments: argparse.Namespace) -> list[Recipe]:
+    """Without an adapter and with one, for every width; fewer sequences for the curve's width alone."""
+    found = []
+    choices = product(arguments.bits, arguments.rank, arguments.shrinkage, arguments.sketch, arguments.sequences)
+    for bits, rank, shrinkage, sketch, sequences in choices:
+        if sequences < max(arguments.sequences) and (rank or bits != arguments.curve_bits):
+            continue
+        quantizer = Quantizer(make_grid(arguments.grid, bits, arguments.group_size), "search", "yaqa")
+        adapter: dict[str, Any] = {"iterations": 3, "descent": 3, "rounding_metric": "downdated"} if rank else {}
+        options = SolveOptions("srr" if rank else "none", quantizer, rank, "criterion", **adapter)
+        shape = f"{arguments.grid}{bits} g{arguments.group_size}" + (f" r{rank}" if rank else "")
+        name = f"{shape}, λ = {shrinkage:g}, {sketch} of {sequences}"
+        found.append(Recipe(name, options, shrinkage, sketch, sequences))
+    return found
+
+
+class SidedRow(Row):
+    """One of a recipe's three models, whose layers are kept as they were solved."""
+
+    def __init__(self, recipe: Recipe, side: str) -> None:
+        super().__init__(f"{recipe.name}: {side}", [])
+        self._grid = recipe.options.quantizer.grid
+        self._solutions: dict[str, LayerSolution] = {}
+        self._chosen: Counter[str] = Counter()
+        self._seconds = self._stored = 0.0
+        self._weights = 0
+
+    def keep(self, solution: LayerSolution, seconds: float, chosen: str) -> None:
+        m, n = solution.result["shape"]
+        self._solutions[solution.result["name"]] = solution
+        self._stored += solution.result["bits_per_weight"] * m * n
+        self._weights += m * n
+        self._seconds += seconds
+        self._chosen[chosen] += 1
+
+    def load(self, decoder: Decoder, original: Original) -> None:
+        stored = {linear.name: self._solutions[linear.name] for linear in original.block.linears}
+        load_stored(decoder, original.block, original.weights, stored, self._grid)
+
+    def costs(self) -> dict[str, float]:
+        share = self._chosen[TWO_SIDED] / self._chosen.total()
+        return {"bits_per_weight": self._stored / self._weights, "seconds": self._seconds, "two_sided": share}
+
+
+def solve(
+    recipe: Recipe, block: Block, weights: dict[str, Tensor], left: dict[str, Any], rows: dict[str, SidedRow]
+) -> None:
+    """Solve a block under a recipe for all of its three rows, from what the walk has left of it."""
+    grid, sums = recipe.options.quantizer.grid, left[str(recipe.sequences)]
+    metrics = {name: Metric.of(H, recipe.shrinkage) for name, H in sums["moments"].items()}
+    for linear in block.linears:
+        W, name, inputs = weights[f"{linear.name}.weight"], linear.name, metrics[linear.input]
+        metric = sketch_metric(sums["sketches"][name][recipe.sketch], inputs, recipe.shrinkage)
+        found: dict[str, tuple[LayerSolution, float]] = {}
+        for side, its_metric in ((ONE_SIDED, inputs), (TWO_SIDED, metric)):
+            started = time.process_time()
+            found[side] = solve_layer(W, its_metric, name, recipe.options), time.process_time() - started
+        errors = {side: W.float() - solution.weight(grid) for side, (solution, _) in found.items()}
+        held_out = HeldOut.of(left["held_out"][name])
+        choice = gate(errors, metric, [held_out[sequence] for sequence in range(len(held_out))])
+        for side, (solution, seconds) in found.items():
+            rows[side].keep(solution, seconds, side)
+        rows[GATED].keep(found[choice["chosen"]][0], sum(seconds for _, seconds in found.values()), choice["chosen"])
+        print(json.dumps({"layer": name, "recipe": recipe.name, **choice}), file=sys.stderr)
+
+
+def compare_rows(checkpoint: Checkpoint, graph: BlockGraph, text: Tensor, rows: list[SidedRow]) -> None:
+    """Pass the evaluation text ``[N, T]`` through the original and all rows, and compare what comes out."""
+    decoder, other = (Decoder(checkpoint, dtype=torch.float32) for _ in range(2))
+    decoder.load_embedding()
+    hidden = [decoder.embed(row[None]) for row in text]
+    for row in rows:
+        row.hidden = list(hidden)
+    for block in graph.blocks:
+        weights = checkpoint.read(block.tensors)
+        decoder.load_block(block.index, weights)
+        hidden = [decoder.run_block(block.index, state) for state in hidden]
+        decoder.drop_block(block.index)
+        for row in rows:
+            row.advance(other, Original(block, weights, {}, [], []))
+        print(f"compared behind block {block.index}", file=sys.stderr, flush=True)
+    decoder.load_head()
+    for sequence, ids in enumerate(text):
+        logits = decoder.logits(hidden[sequence])[0]
+        for row in rows:
+            row.scores.append(compare(logits, decoder.logits(row.hidden[sequence])[0], ids))
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
+    checkpoint = open_checkpoint(arguments.model)
+    graph, vocabulary = build_graph(checkpoint), checkpoint.config.get_text_config().vocab_size
+    most = max(arguments.sequences)
+    ids = calibration_tokens(
+        arguments.calibration,
+        checkpoint.tokenizer(),
+        num_samples=most + arguments.held_out,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+        vocab_size=vocabulary,
+    ).ids
+    text = evaluation_tokens(
+        arguments.text,
+        checkpoint.tokenizer(),
+        num_samples=arguments.eval_samples,
+        seq_len=arguments.eval_len,
+        vocab_size=vocabulary,
+    )
+    decoder = Decoder(checkpoint, dtype=torch.float32)
+    kinds, counts = sorted(set(arguments.sketch)), sorted(set(arguments.sequences))
+    walk = Walk(decoder, graph, ids, arguments.held_out, counts, kinds, arguments.folder)
+    walk.collect()
+    if arguments.collect:
+        return []
+    chosen = recipes(arguments)
+    rows = {recipe.name: {s: SidedRow(recipe, s) for s in (ONE_SIDED, TWO_SIDED, GATED)} for recipe in chosen}
+    for block in graph.blocks:
+        weights, left = checkpoint.read(block.tensors), walk.block(block.index)
+        for recipe in chosen:
+            solve(recipe, block, weights, left, rows[recipe.name])
+    flat = [row for three in rows.values() for row in three.values()]
+    compare_rows(checkpoint, graph, text.ids, flat)
+    return [row.figures(arguments.kl_samples) for row in flat]
+
+
+def table(rows: list[dict[str, float | str]], kl_samples: int) -> str:
+    lines = [
+        f"| recipe | bits per weight | KL ({kl_samples} sequences) | KL | perplexity | two-sided layers | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['recipe']} | {row['bits_per_weight']:.2f} | {row[f'kl_{kl_samples}']:.3f} | {row['kl']:.3f} | "
+        f"{row['perplexity']:.1f} | {row['two_sided']:.2f} | {row['seconds']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True, help="held-out text")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1024], help="fewer than the most: one width alone")
+    parser.add_argument("--held-out", type=int, default=8, help="sequences for the gate")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of calibration sequences")
+    parser.add_argument("--sketch", nargs="+", default=["B"])
+    parser.add_argument("--folder", type=Path, required=True, help="where moments and sketches are kept, for more rows")
+    parser.add_argument("--collect", action="store_true", help="fill the folder, and stop")
+    parser.add_argument("--eval-samples", type=int, default=8, help="sequences for every figure")
+    parser.add_argument("--eval-len", type=int, default=1024)
+    parser.add_argument("--kl-samples", type=int, default=4, help="KL over the first of them as well")
+    parser.add_argument("--bits", type=int, nargs="+", default=[3])
+    parser.add_argument("--curve-bits", type=int, default=3, help="width of the rows with fewer sequences")
+    parser.add_argument("--grid", default="int")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, nargs="+", default=[0, 6], help="0 for no adapter")
+    parser.add_argument("--shrinkage", type=float, nargs="+", default=[0.1], help="of both sides")
+    parser.add_argument("--output", type=Path, help="JSON with the figures, the versions and the machine")
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    rows = run(arguments)
+    if not rows:
+        return
+    print(f"perplexity of the original: {rows[0]['perplexity_original']:.2f}\n")
+    print(table(rows, arguments.kl_samples))
+    if arguments.output:
+        machine = {"threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__}
+        options = {key: str(value) for key, value in vars(arguments).items()}
+        arguments.output.write_text(json.dumps({"options": options, "machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
