@@ -5,7 +5,7 @@ from their sketch, and with the gate that the library has between the two; all o
 original on held-out text. Sketches, gate and solver are the library's own; what differs from ``srr_dist.quantize`` is
 only that nothing is committed.
 
-    python benchmarks/yaqa.py --model M --calibration TEXT --text TEXT --bits 2 3 4 --sequences 64 256 1024 --folder yaqa
+    python benchmarks/yaqa.py --model M --calibration TEXT --text TEXT --folder yaqa --bits 2 3 4 --sequences 64 1024
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ def layer_sections(layers: list[Record]) -> Iterator[Html]:
         yield _errors(layers)
         yield _splits(layers)
         yield _spectra(layers)
+        if any("gate" in layer for layer in layers):
+            yield _gates([layer for layer in layers if "gate" in layer])
         yield _types(layers)
         yield _worst(layers)
 
@@ -35,6 +37,11 @@ def layer_sections(layers: list[Record]) -> Iterator[Html]:
 def relative_error(layer: Record, choice: str) -> float | None:
     """``tr(Δ H Δᵀ) / tr(W H Wᵀ)`` of a layer at one choice of k; None where a part was not measured."""
     return ratio(number(layer["objective"], choice), number(layer, "energy"))
+
+
+def is_two_sided(layer: Record) -> bool:
+    """Whether a layer was solved for its error at the network's output, rather than at its own."""
+    return bool(layer.get("gate", {}).get("chosen") == "two-sided")
 
 
 def by_type(layers: list[Record]) -> dict[str, list[Record]]:
@@ -123,6 +130,37 @@ def _shares(layer: Record) -> list[tuple[float, float | None]]:
         return []
     values = layer["singular_values"]
     return [(at, ratio(finite(value), math.sqrt(energy))) for at, value in spectrum(values)]
+
+
+def _gates(layers: list[Record]) -> Html:
+    """What sequences held out say of the two solutions of each layer."""
+    blocks = sorted({layer["block"] for layer in layers})
+    share = {
+        name: over_depth(group, lambda layer: float(is_two_sided(layer))) for name, group in by_type(layers).items()
+    }
+    drawing = depth_map(share, blocks, 1.0, label="Layers solved for the network's output, by type and block")
+    rows = []
+    for name, group in by_type(layers).items():
+        gates = [layer["gate"] for layer in group]
+        ratios = [
+            ratio(number(gate["second_order"], "two-sided"), number(gate["second_order"], "one-sided"))
+            for gate in gates
+        ]
+        cosine = median(number(gate, "cosine") for gate in gates)
+        taken = f"{sum(map(is_two_sided, group))} of {len(group)}"
+        rows.append((tag("code", name), taken, f"{plain(median(ratios), 2)} ×", plain(cosine, 2)))
+    note = (
+        "Each layer was solved for its own output, and for the network's by what its gradients left. Of the two the "
+        "one is kept that changes the loss less, to second order, on gradients held out: coloured where the latter. "
+        "The cosine, of H_O ⊗ H_I with what it stands for, is near 1 where there were enough sequences."
+    )
+    headings = ("type", "for the network's output", "its change of the loss beside the other's", "cosine")
+    return section(
+        "Rounding against the network's output",
+        note,
+        tag("figure", tag("figcaption", "Which solution was kept"), tag("div", drawing, class_="wide")),
+        table(headings, rows, label="Gates by layer type, medians", numeric=(1, 2, 3)),
+    )
 
 
 def _types(layers: list[Record]) -> Html:

@@ -241,6 +241,36 @@ def test_page_of_tuned_blocks_says_what_is_left_of_their_error() -> None:
     assert "0.75 ×" in read(report).text
 
 
+def gate(chosen: str) -> dict[str, Any]:
+    return {"chosen": chosen, "second_order": {"one-sided": 4.0, "two-sided": 3.0}, "cosine": 0.25}
+
+
+def test_shows_which_solution_gradients_preferred_only_where_they_judged() -> None:
+    report = make_report(blocks=2)
+    assert "network's output" not in read(report).text
+    for entry in report["layers"]:
+        entry["gate"] = gate("two-sided" if entry["type"].startswith("mlp") else "one-sided")
+    text = read(report).text
+    assert "2 of 2" in text and "0 of 2" in text  # by type
+    assert "0.75 ×" in text and "0.25" in text  # medians of estimates and cosine
+    assert "43 %" in text  # 6 of 14 layers
+    assert "seem too few" in text
+
+
+def test_trusts_gradients_that_decided_for_most_layers() -> None:
+    report = make_report(blocks=2)
+    for entry in report["layers"]:
+        entry["gate"] = gate("two-sided")
+    assert "seem too few" not in read(report).text
+
+
+def test_gates_without_numbers_are_shown_as_missing() -> None:
+    report = make_report(blocks=1)
+    for entry in report["layers"]:
+        entry["gate"] = {"chosen": "one-sided", "second_order": {"one-sided": None, "two-sided": NAN}, "cosine": None}
+    assert "0 of 1" in read(report).text
+
+
 def test_page_of_method_none_has_no_split_and_no_spectra() -> None:
     page = read(make_report(rank=0))
     assert page.classes["rect.cell"] == page.classes["path.spectrum"] == page.classes["path.criterion"] == 0
