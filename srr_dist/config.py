@@ -122,7 +122,9 @@ class QuantizeConfig:
         _check_split(self.split, self.rank)
         _check_sketch(self.sketch)
         if self.rounding == "yaqa":
-            _require(bool(self.sketch), "sketch", "B, A:R, full, diag or scalar with --rounding yaqa", self.sketch)
+            # One number for all outputs of a layer would change nothing, and every layer be solved twice alike.
+            known = self.sketch not in ("", "scalar")
+            _require(known, "sketch", "B, A:R, full or diag with --rounding yaqa", self.sketch)
             _require(not self.tune_steps, "tune_steps", "0 with --rounding yaqa", self.tune_steps)
         for name in ("include", "exclude"):
             try:

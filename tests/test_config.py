@@ -116,7 +116,7 @@ def test_sketch_needs_text_a_place_and_sequences_to_hold_out():
 
 
 def test_rounding_against_the_output_needs_a_sketch_and_no_tuning():
-    with pytest.raises(ConfigError, match=r"^sketch: expected B, A:R, full, diag or scalar with --rounding yaqa"):
+    with pytest.raises(ConfigError, match=r"^sketch: expected B, A:R, full or diag with --rounding yaqa"):
         QuantizeConfig(rounding="yaqa")
     with pytest.raises(ConfigError, match=r"^tune_steps: expected 0 with --rounding yaqa, found 8"):
         QuantizeConfig(rounding="yaqa", sketch="B", tune_steps=8)

@@ -214,6 +214,31 @@ def test_worker_killed_while_calibrating_solving_uploading_and_before_its_record
     assert site.manifest("instants") == undisturbed
 
 
+def test_worker_killed_on_the_way_back_costs_its_window_alone(site):
+    """Once while it stores the gradients that leave its window, once while it keeps sketches."""
+    options = {"rounding": "yaqa", "sketch": "B", "split": "criterion", "iterations": 0, "descent": 0}
+    site.watch()
+    assert verb.main(site.flags("calm", statistics="s3://bucket/calm-kept", **options)) == 0
+    pending = ["/gradients/00004/00003", "/model.layers.1.mlp.up_proj.output/"]
+
+    def strike(path: str, environ: dict[str, Any]) -> bool:
+        if pending and pending[0] in path and site.kill_writer(environ):
+            del pending[0]
+            return True
+        return False
+
+    site.watch(strike)
+    assert verb.main(site.flags("struck", statistics="s3://bucket/struck-kept", **options)) == 0
+    assert pending == []
+    assert {failure["kind"] for failure in site.events("struck", "failure")} == {"lost"}
+    calm, struck = ([event["work"] for event in site.events(output, "window")] for output in ("calm", "struck"))
+    assert calm == [f"blocks {name}" for name in ("0–1", "2–3", "4–5", "2–3", "0–1", "0–1", "2–3", "4–5")]
+    assert struck == [*calm[:3], calm[2], *calm[3:5], calm[4], *calm[5:]]  # 4–5 and 0–1 twice
+    assert site.manifest("struck") == site.manifest("calm")
+    kept, again = (ObjectStore(f"s3://bucket/{name}-kept").list("") for name in ("calm", "struck"))
+    assert set(again) == set(kept)  # names hold the sha256 of what they name
+
+
 def test_block_whose_worker_always_dies_is_set_aside_and_done_by_a_later_run(site, undisturbed, capfd):
     site.watch(lambda path, environ: "/blocks/00003/" in path and site.kill_writer(environ))
     assert verb.main(site.flags("poison", blocks_per_stage=2)) == 3
