@@ -18,7 +18,7 @@ demo: env ## quantize, evaluate and verify a small real model on this machine
 	$(BIN)/python -m jobs.demo
 
 test: env ## run every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/jobs/test_submit.py
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/jobs/test_submit.py
 	$(BIN)/python -m pytest tests/jobs/test_submit.py  # starts the largest cluster, which wants the cores for itself
 
 lint: env ## check style, format and types

@@ -118,8 +118,7 @@ def solve(
             started = time.process_time()
             found[side] = solve_layer(W, its_metric, name, recipe.options), time.process_time() - started
         errors = {side: W.float() - solution.weight(grid) for side, (solution, _) in found.items()}
-        held_out = HeldOut.of(left["held_out"][name])
-        choice = gate(errors, metric, [held_out[sequence] for sequence in range(len(held_out))])
+        choice = gate(errors, metric, HeldOut.of(left["held_out"][name]))
         for side, (solution, seconds) in found.items():
             rows[side].keep(solution, seconds, side)
         rows[GATED].keep(found[choice["chosen"]][0], sum(seconds for _, seconds in found.values()), choice["chosen"])

@@ -156,10 +156,11 @@ class HeldOut(Sequence[Tensor]):
 
     Args:
         kept: per sequence ``(G_s,)`` or ``(X, g)``.
+        device: where gradients are formed.
     """
 
-    def __init__(self, kept: Iterable[tuple[Tensor, ...]] = ()) -> None:
-        self.kept = list(kept)
+    def __init__(self, kept: Iterable[tuple[Tensor, ...]] = (), device: torch.device | str = "cpu") -> None:
+        self.kept, self._device = list(kept), device
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> HeldOut:
@@ -176,11 +177,15 @@ class HeldOut(Sequence[Tensor]):
         parts = (gram(g, x),) if _gradient_is_smaller(len(x), g.shape[1], x.shape[1]) else (x, g)
         self.kept.append(tuple(part.to("cpu", torch.bfloat16, copy=True) for part in parts))
 
+    def on(self, device: torch.device | str) -> HeldOut:
+        """The same, whose gradients are formed on another device, one at a time."""
+        return HeldOut(self.kept, device)
+
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitem__(self, sequence: int) -> Tensor:  # type: ignore[override]
-        first, *gradients = self.kept[sequence]
+        first, *gradients = (part.to(self._device) for part in self.kept[sequence])
         return gram(gradients[0], first) if gradients else first.float()
 
 

@@ -41,8 +41,8 @@ def solve_gated(run: Run, linear: Linear, W: Tensor, inputs: Metric) -> LayerSol
         side: solve_layer(W, its_metric, linear.name, options)
         for side, its_metric in ((ONE_SIDED, inputs), (TWO_SIDED, metric))
     }
-    gradients = [kept.held_out[sequence].to(W.device) for sequence in range(len(kept.held_out))]
-    choice = gate({side: W.float() - found.weight(run.grid) for side, found in solutions.items()}, metric, gradients)
+    errors = {side: W.float() - found.weight(run.grid) for side, found in solutions.items()}
+    choice = gate(errors, metric, kept.held_out.on(W.device))
     solution = solutions[choice["chosen"]]
     seconds = {
         part: sum(found.result["seconds"][part] for found in solutions.values()) for part in solution.result["seconds"]

@@ -7,7 +7,15 @@ Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m,
 ``tr(H_O Δ H Δᵀ)``.
 """
 
-from srr_dist.solve.curvature import ONE_SIDED, TWO_SIDED, gate, kronecker_cosine, second_order, sketch_metric
+from srr_dist.solve.curvature import (
+    COSINE_OF,
+    ONE_SIDED,
+    TWO_SIDED,
+    gate,
+    kronecker_cosine,
+    second_order,
+    sketch_metric,
+)
 from srr_dist.solve.grids import AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, NF4Grid, make_grid
 from srr_dist.solve.layer import LayerSolution, Stored, remeasured, solve_layer
 from srr_dist.solve.metric import Metric
@@ -17,6 +25,7 @@ from srr_dist.solve.split import layer_seed
 from srr_dist.solve.tuning import BlockError, Tuned, TuneOptions, tune
 
 __all__ = [
+    "COSINE_OF",
     "ONE_SIDED",
     "TWO_SIDED",
     "AsymmetricIntGrid",

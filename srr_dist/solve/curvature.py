@@ -20,6 +20,9 @@ from srr_dist.solve.metric import Metric, inner
 ONE_SIDED, TWO_SIDED = "one-sided", "two-sided"
 """Solutions in the metric of a layer's inputs, and in that of its sketch."""
 
+COSINE_OF = 8
+"""Gradients that a cosine compares, all of them held at once."""
+
 
 def sketch_metric(sides: Mapping[str, Tensor], inputs: Metric, shrinkage: float) -> Metric:
     """The metric of a sketch; where it has the output side alone, beside that of the inputs.
@@ -41,17 +44,22 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
     Args:
         errors: float32 ``[m, n]``, ``W − Ŵ`` of the ``ONE_SIDED`` and of the ``TWO_SIDED`` solution.
         metric: that of the two-sided one.
-        gradients: float32 ``[m, n]``, of the sequences held out.
+        gradients: float32 ``[m, n]``, of the sequences held out; each is asked for twice at most, and let go.
 
     Returns:
         ``chosen``, the two-sided one only if both estimates are numbers and its own is the smaller; ``second_order`` of
         both; and the ``cosine`` between the sketch and what it stands for; None in the place of what is no number.
     """
-    estimates = {side: second_order(error, gradients) for side, error in errors.items()}
+    slopes: dict[str, list[float]] = {side: [] for side in errors}
+    for G in gradients:  # which may be made as it is asked for: once for both
+        for side, error in errors.items():
+            slopes[side].append(inner(error, G))
+    estimates = {side: _mean_square(along) for side, along in slopes.items()}
+    few = [gradients[sequence] for sequence in range(min(len(gradients), COSINE_OF))]
     return {
         "chosen": TWO_SIDED if estimates[TWO_SIDED] < estimates[ONE_SIDED] else ONE_SIDED,
         "second_order": {side: _number(estimate) for side, estimate in estimates.items()},
-        "cosine": _number(kronecker_cosine(metric, gradients)) if len(gradients) > 1 else None,
+        "cosine": _number(kronecker_cosine(metric, few)) if len(few) > 1 else None,
     }
 
 
@@ -66,8 +74,7 @@ def second_order(delta: Tensor, gradients: Iterable[Tensor]) -> float:
     Returns:
         NaN if no sequence is left.
     """
-    squares = [along**2 for along in (inner(delta, G) for G in gradients) if math.isfinite(along)]
-    return sum(squares) / len(squares) if squares else math.nan
+    return _mean_square(inner(delta, G) for G in gradients)
 
 
 def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
@@ -84,6 +91,11 @@ def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
     pairs = [inner(gradients[a], gradients[b]) ** 2 for a in range(count) for b in range(a)]
     H_O = gradients[0].shape[0] if outputs is None else inner(outputs.H, outputs.H)  # the identity's
     return projection / math.sqrt(inner(metric.H, metric.H) * H_O * sum(pairs) / len(pairs))
+
+
+def _mean_square(slopes: Iterable[float]) -> float:
+    squares = [along**2 for along in slopes if math.isfinite(along)]
+    return sum(squares) / len(squares) if squares else math.nan
 
 
 def _number(value: float) -> float | None:
