@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ from srr_dist.pipeline.host import release_memory
 from srr_dist.pipeline.run import Run, dtype_name, leave_unquantized
 from srr_dist.solve import make_grid
 
+log = logging.getLogger(__name__)
+
 SCAN_BYTES = 8 * 2**30
+
+FEW_SEQUENCES = 256
+"""Below this many a sketch, which sees a sequence as one sample, is rather noisy."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,13 @@ def open_sources(config: QuantizeConfig) -> Sources:
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     graph = build_graph(checkpoint)
     unquantized = leave_unquantized(graph, config, grid)
+    if config.sketch and config.num_samples < FEW_SEQUENCES:
+        log.warning(
+            "num_samples: a sketch of %d sequences is noisy, whatever their length; %d or more of 128 to 256 tokens "
+            "(--num-samples, --seq-len) serve it better",
+            config.num_samples,
+            FEW_SEQUENCES,
+        )
     return Sources(config, checkpoint, graph, unquantized, *_tokens(config, checkpoint))
 
 

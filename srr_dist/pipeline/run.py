@@ -20,7 +20,7 @@ from srr_dist.errors import ConfigError
 from srr_dist.solve import Grid, Quantizer, SolveOptions, make_grid
 from srr_dist.store.records import REST
 
-_MOST_HELD_OUT = 8
+_MOST_HELD_OUT = 64
 
 
 @dataclass(frozen=True)

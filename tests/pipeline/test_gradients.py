@@ -15,7 +15,7 @@ from srr_dist.calibration.head import sample
 from srr_dist.calibration.sketches import HeldOut, Sketch, sketch_passes
 from srr_dist.config import QuantizeConfig, RunConfig
 from srr_dist.errors import StoreError
-from srr_dist.pipeline import driver
+from srr_dist.pipeline import driver, prepare
 from srr_dist.pipeline.boundaries import Boundaries, crossings
 from srr_dist.pipeline.driver import blocks_at_rest, quantize
 from srr_dist.pipeline.failures import UnitError
@@ -228,6 +228,16 @@ def test_damaged_gradients_are_refused_and_come_from_the_head_again(model, text,
     assert (window.blocks, window.collect, window.save) == ([2], set(), 2)
     walked(run, 1, 1)
     assert sketches(run) == sketches(kept)
+
+
+def test_sketch_of_few_sequences_is_warned_of_before_anything_starts(model, text, tmp_path, caplog, monkeypatch):
+    a_run(model, text, tmp_path)
+    assert f"num_samples: a sketch of {SAMPLES} sequences is noisy" in caplog.text
+    caplog.clear()
+    a_run(model, text, tmp_path, sketch="")
+    monkeypatch.setattr(prepare, "FEW_SEQUENCES", SAMPLES)
+    a_run(model, text, tmp_path)
+    assert "noisy" not in caplog.text
 
 
 def test_layer_that_fails_on_the_way_back_names_its_block(model, text, tmp_path, monkeypatch):
