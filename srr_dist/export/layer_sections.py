@@ -152,7 +152,7 @@ def _gates(layers: list[Record]) -> Html:
     note = (
         "Each layer was solved for its own output, and for the network's by what its gradients left. Of the two the "
         "one is kept that changes the loss less, to second order, on gradients held out: coloured where the latter. "
-        "The cosine, of H_O ⊗ H_I with what it stands for, is near 1 where there were enough sequences."
+        "The cosine, of H_O ⊗ H_I with what it stands for, is near 1 where that fits."
     )
     headings = ("type", "for the network's output", "its change of the loss beside the other's", "cosine")
     return section(
