@@ -11,9 +11,6 @@ stored.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import platform
 import re
 import sys
 import time
@@ -21,14 +18,25 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from rows import USUAL_SHRINKAGE, Original, PeerRow, PrefixRow, Row, SolvedRow, calibrate, recipes
+from rows import (
+    USUAL_SHRINKAGE,
+    Original,
+    PeerRow,
+    PrefixRow,
+    Row,
+    SolvedRow,
+    calibrate,
+    columns,
+    recipes,
+    score,
+    show,
+)
 from torch import Tensor
 
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
-from srr_dist.pipeline.comparison import compare
 
 
 def calibration_ids(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Tensor:
@@ -81,27 +89,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         for row in rows:
             row.advance(other, held)
         print(f"block {block.index} {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
-    decoder.load_head()
-    for sequence, ids in enumerate(text.ids):
-        logits = decoder.logits(original[sequence])[0]
-        for row in rows:
-            row.scores.append(compare(logits, decoder.logits(row.hidden[sequence])[0], ids))
+    score(decoder, original, text.ids, rows)
     return [row.figures(arguments.kl_samples) for row in rows]
-
-
-def table(rows: list[dict[str, float | str]], kl_samples: int) -> str:
-    lines = [
-        f"| recipe | bits per weight | KL ({kl_samples} sequences) | KL | perplexity | top-1 agreement | "
-        "mean relative objective | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['recipe']} | {row['bits_per_weight']:.2f} | {row[f'kl_{kl_samples}']:.3f} | {row['kl']:.3f} | "
-        f"{row['perplexity']:.1f} | {row['top1_agreement']:.3f} | {row.get('mean_relative_objective', math.nan):.4f} | "
-        f"{row['seconds']:.0f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -127,20 +116,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     rows = run(arguments)
-    print(f"perplexity of the original: {rows[0]['perplexity_original']:.2f}\n")
-    print(table(rows, arguments.kl_samples))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        machine = {
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-        }
-        options = {key: str(value) for key, value in vars(arguments).items()}
-        arguments.output.write_text(
-            json.dumps({"options": options, "torch": torch.__version__, "machine": machine, "rows": rows}, indent=1)
-            + "\n"
-        )
+    more = {
+        "top-1 agreement": ("top1_agreement", ".3f"),
+        "mean relative objective": ("mean_relative_objective", ".4f"),
+        "seconds": ("seconds", ".0f"),
+    }
+    show(rows, columns(arguments.kl_samples) | more, arguments)
 
 
 if __name__ == "__main__":

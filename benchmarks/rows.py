@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +20,7 @@ from srr_dist.calibration import InputMoment
 from srr_dist.calibration.adapted import attach_adapters
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block
-from srr_dist.pipeline.comparison import Comparison
+from srr_dist.pipeline.comparison import Comparison, compare
 from srr_dist.pipeline.tuning import loaded_block_error
 from srr_dist.solve import (
     Grid,
@@ -263,3 +266,46 @@ class PeerRow(Row):
 
     def costs(self) -> dict[str, float]:
         return self._costs
+
+
+Columns = Mapping[str, tuple[str, str]]
+"""Heading -> a figure's name and its format."""
+
+
+def columns(kl_samples: int) -> dict[str, tuple[str, str]]:
+    """The columns that every table of rows begins with."""
+    return {
+        "recipe": ("recipe", ""),
+        "bits per weight": ("bits_per_weight", ".2f"),
+        f"KL ({kl_samples} sequences)": (f"kl_{kl_samples}", ".3f"),
+        "KL": ("kl", ".3f"),
+        "perplexity": ("perplexity", ".1f"),
+    }
+
+
+def score(decoder: Decoder, original: list[Tensor], text: Tensor, rows: Sequence[Row]) -> None:
+    """Compare all rows with the original behind the last block, for the text ``[N, T]``."""
+    decoder.load_head()
+    for sequence, ids in enumerate(text):
+        logits = decoder.logits(original[sequence])[0]
+        for row in rows:
+            row.scores.append(compare(logits, decoder.logits(row.hidden[sequence])[0], ids))
+
+
+def show(rows: Sequence[Mapping[str, float | str]], shown: Columns, arguments: argparse.Namespace) -> None:
+    """Print the table; write figures and circumstances to ``arguments.output`` if it is given."""
+    print(f"perplexity of the original: {rows[0]['perplexity_original']:.2f}\n")
+    print(f"| {' | '.join(shown)} |")
+    print("|" + "---|" * len(shown))
+    for row in rows:
+        print(f"| {' | '.join(format(row.get(name, math.nan), spec) for name, spec in shown.values())} |")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        machine = {
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        }
+        options = {key: str(value) for key, value in vars(arguments).items()}
+        content = {"options": options, "torch": torch.__version__, "machine": machine, "rows": rows}
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Original, Row, load_stored
+from rows import Original, Row, columns, load_stored, score, show
 from torch import Tensor
 from walk import Walk
 
@@ -31,7 +30,6 @@ from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, BlockGraph, build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
-from srr_dist.pipeline.comparison import compare
 from srr_dist.solve import (
     ONE_SIDED,
     TWO_SIDED,
@@ -140,11 +138,7 @@ def compare_rows(checkpoint: Checkpoint, graph: BlockGraph, text: Tensor, rows: 
         for row in rows:
             row.advance(other, Original(block, weights, {}, [], []))
         print(f"compared behind block {block.index}", file=sys.stderr, flush=True)
-    decoder.load_head()
-    for sequence, ids in enumerate(text):
-        logits = decoder.logits(hidden[sequence])[0]
-        for row in rows:
-            row.scores.append(compare(logits, decoder.logits(row.hidden[sequence])[0], ids))
+    score(decoder, hidden, text, rows)
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
@@ -183,19 +177,6 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     return [row.figures(arguments.kl_samples) for row in flat]
 
 
-def table(rows: list[dict[str, float | str]], kl_samples: int) -> str:
-    lines = [
-        f"| recipe | bits per weight | KL ({kl_samples} sequences) | KL | perplexity | two-sided layers | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['recipe']} | {row['bits_per_weight']:.2f} | {row[f'kl_{kl_samples}']:.3f} | {row['kl']:.3f} | "
-        f"{row['perplexity']:.1f} | {row['two_sided']:.2f} | {row['seconds']:.0f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -223,12 +204,8 @@ def main() -> None:
     rows = run(arguments)
     if not rows:
         return
-    print(f"perplexity of the original: {rows[0]['perplexity_original']:.2f}\n")
-    print(table(rows, arguments.kl_samples))
-    if arguments.output:
-        machine = {"threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__}
-        options = {key: str(value) for key, value in vars(arguments).items()}
-        arguments.output.write_text(json.dumps({"options": options, "machine": machine, "rows": rows}, indent=1) + "\n")
+    more = {"two-sided layers": ("two_sided", ".2f"), "seconds": ("seconds", ".0f")}
+    show(rows, columns(arguments.kl_samples) | more, arguments)
 
 
 if __name__ == "__main__":

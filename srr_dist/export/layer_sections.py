@@ -9,6 +9,7 @@ from typing import Any
 from srr_dist.export.markup import Html, section, table, tag
 from srr_dist.export.pictures import Line, bar, depth_axis, depth_map, legend, log_axis, panel, spectrum
 from srr_dist.export.quantities import duration, finite, median, number, percent, plain, ratio
+from srr_dist.solve import ONE_SIDED, TWO_SIDED
 
 Record = dict[str, Any]
 Measure = Callable[[Record], float | None]
@@ -28,8 +29,8 @@ def layer_sections(layers: list[Record]) -> Iterator[Html]:
         yield _errors(layers)
         yield _splits(layers)
         yield _spectra(layers)
-        if any("gate" in layer for layer in layers):
-            yield _gates([layer for layer in layers if "gate" in layer])
+        if judged := gated(layers):
+            yield _gates(judged)
         yield _types(layers)
         yield _worst(layers)
 
@@ -39,9 +40,14 @@ def relative_error(layer: Record, choice: str) -> float | None:
     return ratio(number(layer["objective"], choice), number(layer, "energy"))
 
 
-def is_two_sided(layer: Record) -> bool:
-    """Whether a layer was solved for its error at the network's output, rather than at its own."""
-    return bool(layer.get("gate", {}).get("chosen") == "two-sided")
+def gated(layers: list[Record]) -> list[Record]:
+    """The layers between whose two solutions gradients held out decided."""
+    return [layer for layer in layers if "gate" in layer]
+
+
+def two_sided(judged: list[Record]) -> int:
+    """How many of these layers were solved for their error at the network's output, rather than at their own."""
+    return sum(layer["gate"]["chosen"] == TWO_SIDED for layer in judged)
 
 
 def by_type(layers: list[Record]) -> dict[str, list[Record]]:
@@ -134,21 +140,17 @@ def _shares(layer: Record) -> list[tuple[float, float | None]]:
 
 def _gates(layers: list[Record]) -> Html:
     """What sequences held out say of the two solutions of each layer."""
-    blocks = sorted({layer["block"] for layer in layers})
-    share = {
-        name: over_depth(group, lambda layer: float(is_two_sided(layer))) for name, group in by_type(layers).items()
-    }
-    drawing = depth_map(share, blocks, 1.0, label="Layers solved for the network's output, by type and block")
-    rows = []
-    for name, group in by_type(layers).items():
+    groups, rows = by_type(layers), []
+    for name, group in groups.items():
         gates = [layer["gate"] for layer in group]
-        ratios = [
-            ratio(number(gate["second_order"], "two-sided"), number(gate["second_order"], "one-sided"))
-            for gate in gates
-        ]
+        estimates = [gate["second_order"] for gate in gates]
+        beside = median(ratio(number(each, TWO_SIDED), number(each, ONE_SIDED)) for each in estimates)
         cosine = median(number(gate, "cosine") for gate in gates)
-        taken = f"{sum(map(is_two_sided, group))} of {len(group)}"
-        rows.append((tag("code", name), taken, f"{plain(median(ratios), 2)} ×", plain(cosine, 2)))
+        taken = f"{two_sided(group)} of {len(group)}"
+        rows.append((tag("code", name), taken, f"{plain(beside, 2)} ×", plain(cosine, 2)))
+    kept = {name: over_depth(group, lambda layer: float(two_sided([layer]))) for name, group in groups.items()}
+    blocks = sorted({layer["block"] for layer in layers})
+    drawing = depth_map(kept, blocks, 1.0, label="Layers solved for the network's output, by type and block")
     note = (
         "Each layer was solved for its own output, and for the network's by what its gradients left. Of the two the "
         "one is kept that changes the loss less, to second order, on gradients held out: coloured where the latter. "

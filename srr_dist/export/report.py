@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from srr_dist.export.layer_sections import is_two_sided, layer_sections, relative_error
+from srr_dist.export.layer_sections import gated, layer_sections, relative_error, two_sided
 from srr_dist.export.markup import Html, join, page, section, table, tag
 from srr_dist.export.pictures import bar, legend
 from srr_dist.export.quantities import (
@@ -103,8 +103,8 @@ def _tiles(report: Record) -> Html:
     if tuned := [layer["tuning"] for layer in layers if "tuning" in layer]:
         rest = median(ratio(number(tuning, "after"), number(tuning, "before")) for tuning in tuned)
         tiles.append(("tuning", f"{plain(rest, 2)}{NBSP}×", "median of the blocks' errors after by before"))
-    if judged := [layer for layer in layers if "gate" in layer]:
-        taken = percent(ratio(sum(map(is_two_sided, judged)), len(judged)), 2)
+    if judged := gated(layers):
+        taken = percent(ratio(two_sided(judged), len(judged)), 2)
         tiles.append(("for the network's output", taken, "of the layers, by gradients held out"))
     if report["evaluations"]:
         first = report["evaluations"][0]
@@ -132,18 +132,18 @@ def _findings(report: Record) -> list[str]:
         found.append(f"error above that of k = 0 in {counted(len(worse), 'layer')}: {_some(worse)}")
     if excluded := number(report["calibration"], "excluded_rows"):
         found.append(f"NaN or Inf in {counted(round(excluded), 'calibration row')}, which the moments leave out")
-    over = [
-        f"{size(peak)} instead of {size(planned)} in stage {stage['stage']} of window {stage['window']}"
-        for stage in report["stages"]
-        if (peak := number(stage, "peak_memory")) and (planned := number(stage, "planned_memory")) and peak > planned
-    ]
-    judged = [layer for layer in layers if "gate" in layer]
-    if 2 * sum(map(is_two_sided, judged)) < len(judged):
+    judged = gated(layers)
+    if 2 * two_sided(judged) < len(judged):
         found.append(
             f"gradients of {counted(report['calibration']['num_samples'], 'sequence')} seem too few to round against "
             f"the network's output: those held out prefer the other solution in most of "
             f"{counted(len(judged), 'layer')}; more and shorter sequences of the same text would serve better"
         )
+    over = [
+        f"{size(peak)} instead of {size(planned)} in stage {stage['stage']} of window {stage['window']}"
+        for stage in report["stages"]
+        if (peak := number(stage, "peak_memory")) and (planned := number(stage, "planned_memory")) and peak > planned
+    ]
     if over:
         found.append(f"more memory than planned in {counted(len(over), 'stage')}: {_some(over)}")
     return found
