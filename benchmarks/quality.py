@@ -33,6 +33,7 @@ from rows import (
 )
 from torch import Tensor
 
+from srr_dist.calibration import first_token_weight
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         arguments.text,
         checkpoint.tokenizer(),
         num_samples=arguments.eval_samples,
-        seq_len=arguments.seq_len,
+        seq_len=arguments.eval_len,
         vocab_size=checkpoint.config.get_text_config().vocab_size,
     )
     decoder, other = (Decoder(checkpoint, dtype=torch.float32) for _ in range(2))
@@ -68,15 +69,22 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     decoder.drop_rest()
     chosen = {
         recipe.name: recipe
-        for shape in product(arguments.bits, arguments.grid, arguments.group_size, arguments.rank, arguments.shrinkage)
-        for recipe in recipes(*shape, arguments.tune_steps)
+        for shape in product(
+            arguments.bits,
+            arguments.grid,
+            arguments.group_size,
+            arguments.rank,
+            arguments.shrinkage,
+            [first_token_weight(share, arguments.seq_len) for share in arguments.first_token_share],
+        )
+        for recipe in recipes(*shape, arguments.tune_steps, arguments.tune_batch)
         if any(re.search(pattern, recipe.name) for pattern in arguments.only)
     }
     rows: list[Row] = [SolvedRow(recipe, original) for recipe in chosen.values()]
     if arguments.prefix:
         rows += [PrefixRow(recipe, original, hidden) for recipe in chosen.values()]
     rows += [PeerRow(folder, original) for folder in arguments.peers]
-    kinds = {(recipe.scaling, recipe.shrinkage) for recipe in chosen.values()}
+    kinds = {recipe.kind for recipe in chosen.values()}
     for block in graph.blocks:
         started = time.perf_counter()
         weights = checkpoint.read(block.tensors)
@@ -102,13 +110,16 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0, help="of the draw of calibration sequences")
     parser.add_argument("--eval-samples", type=int, default=8, help="sequences for every figure")
+    parser.add_argument("--eval-len", type=int, default=1024, help="tokens of each of them")
     parser.add_argument("--kl-samples", type=int, default=4, help="KL over the first of them as well")
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
     parser.add_argument("--grid", nargs="+", default=["mxint"])
     parser.add_argument("--group-size", type=int, nargs="+", default=[32])
     parser.add_argument("--rank", type=int, nargs="+", default=[32])
     parser.add_argument("--shrinkage", type=float, nargs="+", default=[USUAL_SHRINKAGE])
+    parser.add_argument("--first-token-share", type=float, nargs="+", default=[0.0])
     parser.add_argument("--tune-steps", type=int, nargs="*", default=[], help="a row more for each number of steps")
+    parser.add_argument("--tune-batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--only", nargs="*", default=[""], help="recipes whose name matches one of these expressions")
     parser.add_argument("--prefix", action="store_true", help="each recipe once more, on inputs from quantized blocks")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders that peer.py wrote")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -40,21 +40,36 @@ USUAL_SHRINKAGE = 0.1
 """Named in a row only where it is another."""
 
 
+class Kind(NamedTuple):
+    """Of a metric: which moment, shrunk how far, and how many tokens a sequence's first one counts for in it."""
+
+    scaling: str
+    shrinkage: float
+    first: int
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One row of the table."""
 
     name: str
     options: SolveOptions
-    scaling: str = "exact"
-    shrinkage: float = 0.0
+    kind: Kind
     tune_steps: int = 0
+    tune_batch: int = 4
 
 
 def recipes(
-    bits: int, grid: str, group_size: int, rank: int, shrinkage: float, tune_steps: Sequence[int]
+    bits: int,
+    grid: str,
+    group_size: int,
+    rank: int,
+    shrinkage: float,
+    first: int,
+    tune_steps: Sequence[int],
+    tune_batch: int,
 ) -> list[Recipe]:
-    """The ladder from weights only to the best that is known, at one bit width, group size, rank and shrinkage."""
+    """The ladder from weights only to the best that is known, at one bit width, group size, rank and so on."""
     base = make_grid(grid, bits, group_size)
 
     def recipe(
@@ -65,7 +80,9 @@ def recipes(
         shape = f"{grid if base.codebook else f'{grid}{bits}'} g{group_size}" + (f" r{rank}" if options.rank else "")
         if shrinkage not in (0.0, USUAL_SHRINKAGE):
             name = f"{name}, λ = {shrinkage:g}"
-        return Recipe(f"{shape} {name}", options, scaling, shrinkage, tuned)
+        if first > 1:
+            name = f"{name}, first × {first}"
+        return Recipe(f"{shape} {name}", options, Kind(scaling, shrinkage, first), tuned, tune_batch)
 
     criterion: dict[str, Any] = {"split": "criterion"}
     searched: dict[str, Any] = {"scales": "search"}
@@ -105,38 +122,35 @@ class Original:
 
     block: Block
     weights: dict[str, Tensor]
-    metrics: dict[tuple[str, str, float], Metric]
-    """By shared input, scaling and shrinkage."""
+    metrics: dict[tuple[str, Kind], Metric]
+    """By shared input."""
     inputs: list[Tensor]
     outputs: list[Tensor]
 
 
 def calibrate(
-    decoder: Decoder, block: Block, hidden: list[Tensor], kinds: set[tuple[str, float]]
-) -> tuple[list[Tensor], dict[tuple[str, str, float], Metric]]:
-    """Pass the calibration sequences through a block; its outputs, and a metric per shared input and kind.
-
-    A kind is a scaling and a shrinkage.
-    """
-    scalings = {scaling for scaling, _ in kinds}
+    decoder: Decoder, block: Block, hidden: list[Tensor], kinds: set[Kind]
+) -> tuple[list[Tensor], dict[tuple[str, Kind], Metric]]:
+    """Pass the calibration sequences through a block; its outputs, and a metric per shared input and kind."""
     inputs = {linear.input: linear.in_features for linear in block.linears}
-    moments = {(name, scaling): InputMoment(width, scaling) for name, width in inputs.items() for scaling in scalings}
+    summed = {kind._replace(shrinkage=0.0) for kind in kinds}
+    moments = {(name, kind): InputMoment(width, kind.scaling) for name, width in inputs.items() for kind in summed}
     modules = decoder.linear_modules(block.index)
     handles = []
     for name in inputs:
 
         def add(module: torch.nn.Module, args: tuple[Tensor], name: str = name) -> None:
-            for scaling in scalings:
-                moments[name, scaling].update(args[0][0])
+            for kind in summed:
+                moments[name, kind].update(args[0][0], kind.first)
 
         handles.append(modules[name].register_forward_pre_hook(add))
     out = [decoder.run_block(block.index, h) for h in hidden]
     for handle in handles:
         handle.remove()
     return out, {
-        (name, scaling, shrinkage): Metric.of(moments[name, scaling].value(), shrinkage)
+        (name, kind): Metric.of(moments[name, kind._replace(shrinkage=0.0)].value(), kind.shrinkage)
         for name in inputs
-        for scaling, shrinkage in kinds
+        for kind in kinds
     }
 
 
@@ -207,7 +221,7 @@ class SolvedRow(Row):
         started = time.perf_counter()
         for linear in original.block.linears:
             W = original.weights[f"{linear.name}.weight"]
-            metric = original.metrics[linear.input, recipe.scaling, recipe.shrinkage]
+            metric = original.metrics[linear.input, recipe.kind]
             solution = solve_layer(W, metric, linear.name, recipe.options)
             self.stored += solution.result["bits_per_weight"] * W.numel()
             self.weights += W.numel()
@@ -218,13 +232,13 @@ class SolvedRow(Row):
 
     def _tune(self, decoder: Decoder, original: Original, starts: Mapping[str, Stored]) -> Mapping[str, Stored]:
         started = time.perf_counter()
-        block, inputs = original.block, original.inputs
+        block, inputs, recipe = original.block, original.inputs, self.recipe
         decoder.load_block(block.index, original.weights)
         outputs, threads = original.outputs.__getitem__, torch.get_num_threads()
-        error = loaded_block_error(decoder, block.index, inputs.__getitem__, outputs, threads)
+        error = loaded_block_error(decoder, block.index, inputs.__getitem__, outputs, threads, recipe.kind.first)
         W = {name: original.weights[f"{name}.weight"] for name in starts}
-        options = TuneOptions(self.recipe.tune_steps, seed=layer_seed(0, block.name))
-        found = tune(W, starts, self.recipe.options.quantizer.grid, error, len(inputs), options)
+        options = TuneOptions(recipe.tune_steps, recipe.tune_batch, seed=layer_seed(0, block.name))
+        found = tune(W, starts, recipe.options.quantizer.grid, error, len(inputs), options)
         self.tuning += time.perf_counter() - started
         return found.layers
 
@@ -235,19 +249,18 @@ class PrefixRow(SolvedRow):
     Tuning brings them to what the original puts out, so that a block also makes up for those before it.
     """
 
-    def __init__(self, recipe: Recipe, hidden: list[Tensor], calibration: list[Tensor]) -> None:
+    def __init__(self, recipe: Recipe, hidden: list[Tensor], states: list[Tensor]) -> None:
         super().__init__(recipe, hidden)
         self.name += ", quantized prefix"
-        self._calibration = calibration
+        self._states = states
 
     def load(self, decoder: Decoder, original: Original) -> None:
         index = original.block.index
         decoder.load_block(index, original.weights)
-        kinds = {(self.recipe.scaling, self.recipe.shrinkage)}
-        metrics = calibrate(decoder, original.block, self._calibration, kinds)[1]
+        metrics = calibrate(decoder, original.block, self._states, {self.recipe.kind})[1]
         decoder.drop_block(index)
-        super().load(decoder, replace(original, metrics=metrics, inputs=self._calibration))
-        self._calibration = [decoder.run_block(index, h) for h in self._calibration]
+        super().load(decoder, replace(original, metrics=metrics, inputs=self._states))
+        self._states = [decoder.run_block(index, h) for h in self._states]
 
 
 class PeerRow(Row):

@@ -82,6 +82,9 @@ class QuantizeConfig:
     )
     scaling: str = option("exact", "what weights the error: the input moment or a cheaper stand-in", choices=SCALINGS)
     calibration: str = option("", "text, jsonl, parquet, a folder of them, any fsspec URL, or a datasets id")
+    first_token_share: float = option(
+        0.03, "share of a sequence that its first token counts for, to which all others attend; 0: one of many"
+    )
     num_samples: int = option(64, "calibration sequences")
     seq_len: int = option(1024, "tokens of a sequence")
     seed: int = option(0, "seed of the choice of sequences and of the layers' random numbers")
@@ -109,6 +112,7 @@ class QuantizeConfig:
         _require(self.tune_steps >= 0, "tune_steps", "0 or more", self.tune_steps)
         _require(self.tune_batch >= 1, "tune_batch", "at least 1", self.tune_batch)
         _require(0.0 <= self.shrinkage <= 10.0, "shrinkage", "a share from 0 to 10", self.shrinkage)
+        _require(0.0 <= self.first_token_share < 1.0, "first_token_share", "0 or more, below 1", self.first_token_share)
         _require(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples)
         _require(
             self.num_samples >= 2 or not (self.tune_steps or self.sketch),

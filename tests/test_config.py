@@ -44,6 +44,8 @@ REFUSED = [
     ("tune_steps", -1, "0 or more"),
     ("tune_batch", 0, "at least 1"),
     ("rounding_metric", "half", "one of full, downdated"),
+    ("first_token_share", 1.0, "0 or more, below 1"),
+    ("first_token_share", float("nan"), "0 or more, below 1"),
     ("shrinkage", -0.1, "a share from 0 to 10"),
     ("shrinkage", float("nan"), "a share from 0 to 10"),
     ("rank", 0, "at least 1 (or --method none)"),
@@ -204,8 +206,7 @@ CHANGES = {
     "method": "qer", "grid": "mxint", "bits": 4, "group_size": 32, "rank": 33, "split": "criterion", "form": "split",
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
-    "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2,
-    "sketch": "B",
+    "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2, "sketch": "B", "first_token_share": 0.1,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -254,7 +255,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "4b9a70fbae077439e41725a1193476f05855e167030b84558c5662436d71acd1"
+    assert fingerprint() == "c227b9bff64a2858bc9e4948f26109c3e59a75f462dd5c8820752f87be14ef9e"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -26,6 +26,7 @@ class OutputError:
         inputs: of a sequence, ``[1, T, d]``.
         targets: the original block's output for it, ``[1, T, d]``.
         at_once: sequences side by side.
+        first: how many tokens the first one of a sequence counts for, as in moments.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class OutputError:
         inputs: Callable[[int], Tensor],
         targets: Callable[[int], Tensor],
         at_once: int = 1,
+        first: int = 1,
     ) -> None:
         self._run, self._linears, self._inputs, self._targets = run, linears, inputs, targets
-        self._at_once = at_once
+        self._at_once, self._first = at_once, first
 
     def value(self, weights: Mapping[str, Tensor], sequences: Sequence[int]) -> float:
         """The mean over the sequences."""
@@ -69,4 +71,5 @@ class OutputError:
     def _loss(self, sequence: int) -> Tensor:
         inputs, target = self._inputs(sequence), self._targets(sequence).float()
         error = self._run(inputs).float() - target
-        return (error.square().mean(-1) / target.square().mean(-1).clamp_min(1e-12)).mean()
+        shares = error.square().mean(-1) / target.square().mean(-1).clamp_min(1e-12)
+        return (shares.sum() + (self._first - 1) * shares[:, 0].sum()) / (shares.numel() + self._first - 1)

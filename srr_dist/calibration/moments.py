@@ -52,20 +52,33 @@ class InputMoment:
             raise ValueError(f"total: expected float64 {shape}, found {self.total.dtype} {tuple(self.total.shape)}")
         self.tokens = 0
         self.excluded = 0
+        self.weight = 0
+        """Tokens, those that count several times so often."""
 
-    def update(self, x: Tensor) -> None:
-        """Add one sequence ``x: [T, n]``; rows with NaN or Inf are left out and counted."""
-        x = self._finite_rows(x)
-        self.tokens += x.shape[0]
-        if x.shape[0] == 0:
+    def update(self, x: Tensor, first: int = 1) -> None:
+        """Add one sequence ``x: [T, n]``; rows with NaN or Inf are left out and counted.
+
+        Its first token counts as often as ``first`` says: all others attend to it, so that an error there reaches them
+        all. Of ``lqer`` it is the mean that counts it so.
+        """
+        finite = torch.isfinite(x.sum(-1, dtype=torch.float32))  # a NaN or Inf anywhere in a row reaches its sum
+        weighted = x if first == 1 else torch.cat((x[:1] * first, x[1:]))
+        more = (first - 1) * int(finite[:1].sum())
+        if not bool(finite.all()):
+            self.excluded += int((~finite).sum())
+            x, weighted = x[finite], weighted[finite]
+        self.tokens += len(x)
+        self.weight += len(x) + more
+        if len(x) == 0:
             return
         match self.scaling:
             case "exact":
-                self._add_products(x, x)
+                self._add_products(weighted, x)
             case "diag":
-                self.total += x.float().square().sum(0, dtype=torch.float64).to(self.total.device)
+                squares = weighted.float().mul(x.float()).sum(0, dtype=torch.float64)
+                self.total += squares.to(self.total.device)
             case "lqer":
-                mean = x.float().abs().mean(0, dtype=torch.float64)
+                mean = weighted.float().abs().sum(0, dtype=torch.float64) / (len(x) + more)
                 torch.maximum(self.total, mean.to(self.total.device), out=self.total)
 
     def add(self, left: Tensor, right: Tensor, rows: int) -> None:
@@ -74,11 +87,13 @@ class InputMoment:
         It is for rows that need not be formed for their sum.
         """
         self.tokens += rows
+        self.weight += rows
         self._add_products(left, right)
 
     def merge(self, other: InputMoment) -> None:
         """Add what another moment of this kind was fed."""
         self.tokens, self.excluded = self.tokens + other.tokens, self.excluded + other.excluded
+        self.weight += other.weight
         theirs = other.total.to(self.total.device)
         if self.scaling == "lqer":
             torch.maximum(self.total, theirs, out=self.total)
@@ -88,7 +103,7 @@ class InputMoment:
     def clear(self) -> None:
         """Begin anew."""
         self.total.zero_()
-        self.tokens = self.excluded = 0
+        self.tokens = self.excluded = self.weight = 0
 
     def value(self) -> Tensor:
         """H as float64: ``[n, n]`` for ``exact``, else its diagonal ``[n]``. Zeros when no token was seen."""
@@ -99,9 +114,9 @@ class InputMoment:
                 return torch.zeros_like(self.total)
             case "exact":
                 self._mirror()
-                return self.total / self.tokens
+                return self.total / self.weight
             case "diag":
-                return self.total / self.tokens
+                return self.total / self.weight
             case "lqer":
                 s = self.total.clamp_min(_LQER_FLOOR)
                 return (s / (s.min() * s.max()).sqrt()).square()
@@ -112,24 +127,17 @@ class InputMoment:
         if self.scaling != "exact" or self.tokens == 0:
             return self.value()
         self._mirror()
-        value, self.total = self.total.div_(self.tokens), self.total.new_empty(0)
+        value, self.total = self.total.div_(self.weight), self.total.new_empty(0)
         return value
 
     def parts(self) -> dict[int, Tensor]:
-        """First row -> the rows of ``total`` that are added to, views: all that a moment is but for its two counts.
+        """First row -> the rows of ``total`` that are added to, views: all that a moment is but for its counts.
 
         Of a matrix these are its panels up to the diagonal; the rest follows from symmetry.
         """
         if self.scaling != "exact":
             return {0: self.total}
         return {start: self.total[start:stop, :stop] for start, stop in self._panels()}
-
-    def _finite_rows(self, x: Tensor) -> Tensor:
-        finite = torch.isfinite(x.sum(-1, dtype=torch.float32))  # a NaN or Inf anywhere in a row reaches its sum
-        if bool(finite.all()):
-            return x
-        self.excluded += int((~finite).sum())
-        return x[finite]
 
     def _panels(self) -> list[tuple[int, int]]:
         width = -(-self.features // _PANELS)
@@ -152,6 +160,11 @@ class InputMoment:
 def accumulator_shape(features: int, scaling: str) -> tuple[int, ...]:
     """Shape of an accumulator's float64 tensor."""
     return (features, features) if scaling == "exact" else (features,)
+
+
+def first_token_weight(share: float, tokens: int) -> int:
+    """How many tokens the first of so many counts for, to be that share of them all; never less than one."""
+    return max(1, round(share * (tokens - 1) / (1.0 - share)))
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:

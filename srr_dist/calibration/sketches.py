@@ -27,7 +27,8 @@ def sketch_sides(kind: str, m: int, n: int) -> dict[str, tuple[int, str]]:
             return {"output": (m, "diag")}
         case "scalar":
             return {"output": (1, "diag")}
-    return {"output": (m, "exact"), "input": (n, "exact")}
+    sides = {"output": (m, "exact"), "input": (n, "exact")}
+    return sides | {"tokens": (m, "exact")} if kind == "B" else sides
 
 
 def sketch_bytes(kind: str, m: int, n: int) -> int:
@@ -47,7 +48,8 @@ class Sketch:
     ========== =============================================== =========================================== ===========
     kind       H_O                                             H_I                                         source
     ========== =============================================== =========================================== ===========
-    B          ``E_s[G_s G_sᵀ] / n``                           ``E_s[G_sᵀ G_s] / m``                       YAQA
+    B          ``E_s[G_s G_sᵀ] / n``, and as the side          ``E_s[G_sᵀ G_s] / m``                       YAQA
+               ``tokens`` that of ``full``
     A:R        ``E_t[(xᵀ H_I x) g gᵀ] / ‖H_I‖²``, R times,     ``E_t[x xᵀ]`` at first, then                YAQA
                after each H_I but the last                     ``E_t[(gᵀ H_O g) x xᵀ] / ‖H_O‖²``
     full       ``E_t[g gᵀ]``                                   not summed: the moment ``E_t[x xᵀ]``        K-FAC
@@ -55,8 +57,8 @@ class Sketch:
     scalar     the mean of that                                the same
     ========== =============================================== =========================================== ===========
 
-    B has no bias, and takes its variance from sequences; A takes tokens for independent of each other, which they are
-    not, and has a small variance.
+    B has no bias, and takes its variance from sequences; A and K-FAC take tokens for independent of each other, which
+    they are not, and have a small variance. What lies between is better than either, so that B has its part of K-FAC.
 
     Args:
         kind: one of the names above, R a number of rounds.
@@ -92,6 +94,7 @@ class Sketch:
                 self.sides[side].excluded += len(x)
         elif self.kind == "B":
             self._add_gradient(x, g)
+            self.sides["tokens"].update(g)
         elif self.kind.startswith("A:"):
             self._add_weighted(x, g)
         else:
@@ -114,7 +117,7 @@ class Sketch:
             moment.merge(other.sides[side])
 
     def value(self) -> dict[str, Tensor]:
-        """Side -> factor, float64: ``output`` ``[m, m]``, ``[m]`` or ``[1]``, and ``input`` ``[n, n]`` where summed."""
+        """Side -> factor, float64: ``output`` ``[m, m]``, ``[m]`` or ``[1]``, and ``input``, ``tokens`` if summed."""
         return {side: moment.value() for side, moment in self.sides.items()}
 
     def _add_gradient(self, x: Tensor, g: Tensor) -> None:
@@ -202,7 +205,7 @@ def gradient_is_cheaper(tokens: int, m: int, n: int) -> bool:
 def sketch_operations(kind: str, tokens: int, m: int, n: int) -> float:
     """Floating point operations that a sequence takes in products, over all passes."""
     if kind == "B":
-        return 2 * min(_through_gradient(tokens, m, n), _through_tokens(tokens, m, n))
+        return 2 * (min(_through_gradient(tokens, m, n), _through_tokens(tokens, m, n)) + _TRIANGLE * tokens * m**2)
     if kind.startswith("A:"):
         rounds, summed = int(kind.removeprefix("A:")), _TRIANGLE * tokens * (m**2 + n**2)
         return 2 * (rounds * (summed + tokens * (m**2 + n**2)) + _TRIANGLE * tokens * n**2)

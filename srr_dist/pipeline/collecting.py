@@ -68,7 +68,7 @@ class Collector:
 
     def moments(self, block: Block, modules: Mapping[str, nn.Module] | None) -> dict[str, InputMoment]:
         """An empty moment per shared input of a block, fed by a hook on the first of these modules that reads it."""
-        found = {}
+        found, first = {}, self.run.first_token_weight
         for shared in shared_inputs(block, self.run.quantized) if self.run.calibrated else ():
             linear, features = shared[0], shared[0].in_features
             scaling = self.run.config.scaling
@@ -76,7 +76,7 @@ class Collector:
             found[linear.input] = moment
 
             def add(module: nn.Module, args: tuple[Tensor], moment: InputMoment = moment) -> None:
-                moment.update(args[0].reshape(-1, moment.features))
+                moment.update(args[0].reshape(-1, moment.features), first)
 
             if modules is not None:
                 modules[linear.input].register_forward_pre_hook(add)

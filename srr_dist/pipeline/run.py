@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from srr_dist import __version__
+from srr_dist.calibration import first_token_weight
 from srr_dist.checkpoint.graph import BlockGraph, Linear
 from srr_dist.checkpoint.source import Checkpoint
 from srr_dist.checkpoint.tensors import DTYPES, TensorEntry
@@ -58,6 +59,11 @@ class Run:
     def held_out(self) -> int:
         """How many sequences no sketch sees, the last ones: an eighth, but no more than it takes to judge errors by."""
         return min(max(1, len(self.token_ids) // 8), _MOST_HELD_OUT)
+
+    @property
+    def first_token_weight(self) -> int:
+        """How many tokens the first one of a sequence counts for, in moments and while blocks are tuned."""
+        return first_token_weight(self.config.first_token_share, self.token_ids.shape[1])
 
     @property
     def units(self) -> list[str]:

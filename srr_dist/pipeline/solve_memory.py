@@ -89,8 +89,9 @@ def _peak(group: Sequence[Linear], solving: Solving, scaling: str) -> int:
 
 
 def _two_sided(m: int, n: int, judged_by: int) -> int:
-    """Beside that: both sides of a sketch in float64, used and factored; gradients; and the antidiagonals of rounding.
+    """Beside that: the sides of a sketch in float64, used and factored; gradients; and the antidiagonals of rounding.
 
-    These take five numbers at each place of m + n antidiagonals, and the errors of complete tiles twice.
+    These take five numbers at each place of m + n antidiagonals, and the errors of complete tiles twice. Outputs have
+    two sides, whose mean is used.
     """
-    return 20 * (m * m + n * n) + 4 * (judged_by * m * n + 5 * (m + n) * min(m, n) + 2 * m * n)
+    return 20 * (m * m + n * n) + 8 * m * m + 4 * (judged_by * m * n + 5 * (m + n) * min(m, n) + 2 * m * n)

@@ -38,6 +38,7 @@ FORMAT_VERSION = 1
 """Raised whenever the same model and tokens give other sums."""
 
 
+_COUNTS = ("tokens", "excluded", "weight")
 _DTYPES = {torch.float64: "F64", torch.bfloat16: "BF16"}
 A = TypeVar("A")
 
@@ -55,7 +56,11 @@ class Statistics:
 
     def __init__(self, run: Run, sketch: str = "") -> None:
         self._store = ObjectStore(run.statistics) if run.statistics else None
-        kind = {"sketch": sketch, "seed": run.config.seed} if sketch else {"scaling": run.config.scaling}
+        kind: dict[str, str | int]
+        if sketch:
+            kind = {"sketch": sketch, "seed": run.config.seed}
+        else:
+            kind = {"scaling": run.config.scaling, "first_token_weight": run.first_token_weight}
         self._identity = encode(
             {
                 "source": run.checkpoint.identity,
@@ -76,7 +81,7 @@ class Statistics:
 
     def save(self, name: str, moment: InputMoment, scratch: Path) -> None:
         """Keep a moment, or a side of a sketch; ``scratch`` is a local folder with space for it."""
-        self._keep(name, _parts(moment), {"tokens": str(moment.tokens), "excluded": str(moment.excluded)}, scratch)
+        self._keep(name, _parts(moment), {count: str(getattr(moment, count)) for count in _COUNTS}, scratch)
 
     def save_held_out(self, name: str, held: HeldOut, scratch: Path) -> None:
         """Keep held-out gradients; ``scratch`` as above."""
@@ -133,7 +138,8 @@ def _fill(moment: InputMoment, file: TensorFile) -> InputMoment:
         raise StoreError(f"holds {found}, expected {expected}")
     for name, part in _checked(file):
         parts[name].copy_(part)
-    moment.tokens, moment.excluded = int(file.metadata["tokens"]), int(file.metadata["excluded"])
+    for count in _COUNTS:
+        setattr(moment, count, int(file.metadata[count]))
     return moment
 
 

@@ -49,7 +49,9 @@ class BlockTuner:
     def _tuned(self, solutions: Mapping[str, LayerSolution]) -> Tuned:
         config, index, device = self.run.config, self.block.index, self.decoder.device
         self.decoder.load_block(index, self.weights)
-        error = loaded_block_error(self.decoder, index, self.inputs.load, self.targets.load, self.threads)
+        error = loaded_block_error(
+            self.decoder, index, self.inputs.load, self.targets.load, self.threads, self.run.first_token_weight
+        )
         tuned = tune(
             {name: self.weights[f"{name}.weight"].to(device) for name in solutions},
             {name: solution.to(device) for name, solution in solutions.items()},
@@ -63,12 +65,19 @@ class BlockTuner:
 
 
 def loaded_block_error(
-    decoder: Decoder, index: int, inputs: Callable[[int], Tensor], targets: Callable[[int], Tensor], threads: int
+    decoder: Decoder,
+    index: int,
+    inputs: Callable[[int], Tensor],
+    targets: Callable[[int], Tensor],
+    threads: int,
+    first: int,
 ) -> OutputError:
     """The error of the block that a decoder holds, towards these outputs for these inputs of each sequence.
 
-    Without a GPU so many sequences as there are threads are passed side by side.
+    Without a GPU so many sequences as there are threads are passed side by side; ``first`` is the weight of first
+    tokens.
     """
     decoder.run_block(index, inputs(0))  # records its call before threads ask for it
     at_once = threads if decoder.device.type == "cpu" else 1
-    return OutputError(partial(decoder.run_block, index), decoder.linear_modules(index), inputs, targets, at_once)
+    run, linears = partial(decoder.run_block, index), decoder.linear_modules(index)
+    return OutputError(run, linears, inputs, targets, at_once, first)

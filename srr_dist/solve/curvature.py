@@ -20,6 +20,9 @@ from srr_dist.solve.metric import Metric, inner
 ONE_SIDED, TWO_SIDED = "one-sided", "two-sided"
 """Solutions in the metric of a layer's inputs, and in that of its sketch."""
 
+SEQUENCES_SHARE = 0.25
+"""Of the sides of B, beside those of K-FAC."""
+
 COSINE_OF = 8
 """Gradients that a cosine compares, all of them held at once."""
 
@@ -27,15 +30,23 @@ COSINE_OF = 8
 def sketch_metric(sides: Mapping[str, Tensor], inputs: Metric, shrinkage: float) -> Metric:
     """The metric of a sketch; where it has the output side alone, beside that of the inputs.
 
+    Sides of B, with a sample for each sequence, are averaged with those of K-FAC, with one for each token, all of mean
+    diagonal 1: the input side with the moment of the inputs, the output side with that of the gradients.
+
     Args:
-        sides: ``output`` ``[m, m]``, ``[m]`` or ``[1]``, and ``input`` ``[n, n]`` where the sketch has that.
+        sides: ``output`` ``[m, m]``, ``[m]`` or ``[1]``; where the sketch has them ``input`` ``[n, n]``, and of single
+            tokens the output side ``tokens`` ``[m, m]``.
         inputs: the metric of the layer's inputs.
         shrinkage: of the sides, as of a moment.
     """
     H = {side: factor.to(inputs.H.device) for side, factor in sides.items()}
     own = Metric.of(H["input"], shrinkage) if "input" in H else inputs
-    # A single number is the same for all outputs of a layer.
-    return own if H["output"].shape == (1,) else own.beside(Metric.of(H["output"], shrinkage))
+    if H["output"].shape == (1,):  # the same for all outputs of a layer
+        return own
+    outputs = Metric.of(H["output"], shrinkage)
+    if "tokens" in H:
+        own, outputs = _averaged(own, inputs), _averaged(outputs, Metric.of(H["tokens"], shrinkage))
+    return own.beside(outputs)
 
 
 def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tensor]) -> dict[str, Any]:
@@ -91,6 +102,14 @@ def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
     pairs = [inner(gradients[a], gradients[b]) ** 2 for a in range(count) for b in range(a)]
     H_O = gradients[0].shape[0] if outputs is None else inner(outputs.H, outputs.H)  # the identity's
     return projection / math.sqrt(inner(metric.H, metric.H) * H_O * sum(pairs) / len(pairs))
+
+
+def _averaged(own: Metric, other: Metric) -> Metric:
+    """The mean of both, in the memory of the first, which is full unless no gradient has reached the layer."""
+    if not own.diagonal:
+        H = own.H.mul_(SEQUENCES_SHARE)
+        (H.diagonal() if other.diagonal else H).add_(other.H, alpha=1.0 - SEQUENCES_SHARE)
+    return own
 
 
 def _mean_square(slopes: Iterable[float]) -> float:

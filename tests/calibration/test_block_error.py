@@ -40,25 +40,28 @@ def parts() -> tuple[Block, list[torch.Tensor], list[torch.Tensor], dict[str, to
     return block, inputs, targets, weights
 
 
-def output_error(threads: int = 1) -> tuple[OutputError, dict[str, torch.Tensor]]:
+def output_error(threads: int = 1, first: int = 1) -> tuple[OutputError, dict[str, torch.Tensor]]:
     block, inputs, targets, weights = parts()
     linears = {"up": block.up, "down": block.down}
-    return OutputError(block, linears, inputs.__getitem__, targets.__getitem__, threads), weights
+    return OutputError(block, linears, inputs.__getitem__, targets.__getitem__, threads, first), weights
 
 
-def reference(sequences: list[int]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def reference(sequences: list[int], first: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     block, inputs, targets, weights = parts()
     block.double()
     block.up.weight.data, block.down.weight.data = weights["up"].double(), weights["down"].double()
     x, y = torch.cat([inputs[i] for i in sequences]).double(), torch.cat([targets[i] for i in sequences]).double()
-    loss = ((block(x) - y).square().sum(-1) / y.square().sum(-1)).mean()
+    counts = torch.ones(x.shape[:2], dtype=torch.float64)
+    counts[:, 0] = first
+    loss = ((block(x) - y).square().sum(-1) / y.square().sum(-1) * counts).sum() / counts.sum()
     return loss.detach(), torch.autograd.grad(loss, [block.up.weight, block.down.weight])
 
 
+@pytest.mark.parametrize("first", [1, 32])
 @pytest.mark.parametrize("sequences", [[0], [1, 2, 3], [5, 0, 4, 2]], ids=str)
-def test_value_and_gradients_are_those_of_float64(sequences):
-    error, weights = output_error()
-    loss, slopes = reference(sequences)
+def test_value_and_gradients_are_those_of_float64(sequences, first):
+    error, weights = output_error(first=first)
+    loss, slopes = reference(sequences, first)
     assert error.value(weights, sequences) == pytest.approx(float(loss), rel=1e-5)
     found = error.gradients(weights, sequences)
     for slope, name in zip(slopes, ("up", "down"), strict=True):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srr_dist.calibration import InputMoment, moment_bytes
+from srr_dist.calibration import InputMoment, first_token_weight, moment_bytes
 from srr_dist.calibration.moments import accumulator_shape
 from tests.solve.problems import with_threads
 
@@ -20,10 +20,10 @@ def sequences(count, tokens, features, dtype=torch.float32, seed=0):
     return [(torch.randn(tokens, features, generator=generator) * spread).to(dtype) for _ in range(count)]
 
 
-def accumulated(xs, scaling, features=None, **options):
+def accumulated(xs, scaling, features=None, first=1, **options):
     moment = InputMoment(features or xs[0].shape[1], scaling, **options)
     for x in xs:
-        moment.update(x)
+        moment.update(x, first)
     return moment
 
 
@@ -52,6 +52,33 @@ def test_value_equals_the_definition_in_float64(scaling, dtype, features):
     expected = by_definition(xs, scaling)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
     assert (moment.tokens, moment.excluded) == (165, 0)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [1, 2, 32])
+def test_first_token_counts_as_if_it_stood_there_so_often(scaling, dtype, first):
+    xs = sequences(4, 20, 24, dtype)
+    repeated = [torch.cat((x[:1].expand(first - 1, -1), x)) for x in xs]
+    moment, expected = accumulated(xs, scaling, first=first), by_definition(repeated, scaling)
+    torch.testing.assert_close(moment.value(), expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
+    assert (moment.tokens, moment.weight) == (80, 80 + 4 * (first - 1))
+
+
+@pytest.mark.parametrize(("tokens", "weight"), [(2048, 63), (1024, 32), (128, 4), (24, 1), (2, 1)])
+def test_first_token_of_short_and_long_sequences_has_about_its_share(tokens, weight):
+    assert first_token_weight(0.03, tokens) == weight
+    assert first_token_weight(0.0, tokens) == 1
+    assert first_token_weight(0.5, tokens) == tokens - 1
+
+
+def test_no_other_token_counts_for_a_first_one_that_is_left_out():
+    (x,) = sequences(1, 12, 16)
+    spoiled = x.clone()
+    spoiled[0, 3] = float("nan")
+    moment = accumulated([spoiled], "exact", first=32)
+    assert (moment.tokens, moment.excluded, moment.weight) == (11, 1, 11)
+    assert torch.equal(moment.value(), accumulated([x[1:]], "exact").value())
 
 
 @pytest.mark.parametrize("features", [3, 37, 64])

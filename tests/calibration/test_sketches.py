@@ -57,7 +57,7 @@ def by_definition(kind: str, data: list[Pair]) -> dict[str, Tensor]:
             gradients = torch.stack([g.mT @ x for x, g in data])
             m, n = gradients.shape[1:]
             products = {"output": gradients @ gradients.mT / n, "input": gradients.mT @ gradients / m}
-            return {side: product.mean(0) for side, product in products.items()}
+            return {side: product.mean(0) for side, product in products.items()} | {"tokens": full}
         case "full":
             return {"output": full}
         case "diag":

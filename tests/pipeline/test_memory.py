@@ -208,7 +208,7 @@ def test_every_block_held_keeps_its_part_of_the_way_back():
 def test_stage_needs_room_for_moments_or_for_sketches_whichever_is_more():
     shapes = [(64, 64), (32, 64), (64, 128)]
     plain, sketched = (block_need(block(0), 0, workload(sketch=kind, held_out=3)) for kind in ("", "B"))
-    assert sketched.moments == sum(8 * (m * m + n * n) for m, n in shapes) > plain.moments
+    assert sketched.moments == sum(8 * (2 * m * m + n * n) for m, n in shapes) > plain.moments
     assert sketched.source == 3 * 2 * sum(min(m * n, 32 * (m + n)) for m, n in shapes)
     assert plain.forward < sketched.forward
     assert (plain.graph, sketched.graph) == (0, 2 * plain.forward)

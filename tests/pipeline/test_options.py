@@ -56,6 +56,7 @@ CHANGES: list[dict[str, Any]] = [
     {"descent": 2},
     {"rounding_metric": "full"},
     {"shrinkage": 0.3},
+    {"first_token_share": 0.5},
     {"tune_steps": 8, "tune_batch": 2, "seq_len": 64, "num_samples": 16},
     {"scaling": "diag"},
     {"scaling": "lqer"},

@@ -43,6 +43,7 @@ def summed(scaling: str, features: int = 37) -> InputMoment:
         x = torch.randn(20, features, generator=torch.Generator().manual_seed(seed))
         x[0, 3] = torch.inf
         moment.update(x)
+    moment.update(torch.ones(4, features), first=8)
     return moment
 
 
@@ -58,7 +59,7 @@ def test_moment_comes_back_to_the_bit_with_its_counts(one_block, text, tmp_path,
     Statistics(run).save(NAME, moment, tmp_path)
     assert Statistics(run).load(NAME, found)
     assert torch.equal(found.value(), moment.value())
-    assert (found.tokens, found.excluded) == (57, 3)
+    assert (found.tokens, found.excluded, found.weight) == (61, 3, 68)
     assert Statistics(run).available() == {NAME}
     assert [path for path in tmp_path.iterdir() if path.is_file()] == []
 

@@ -101,8 +101,31 @@ def test_sketch_of_outputs_alone_stands_beside_the_metric_of_inputs(kind, shape)
 
 
 def test_shrinkage_reaches_both_sides_of_a_sketch():
-    kept, inputs = sketched(gradients(20, outputs=3), []), Metric.of(moment("decaying", N))
-    plain, shrunk = (sketch_metric(kept.sketch.value(), inputs, share) for share in (0.0, 0.5))
+    kept, H = sketched(gradients(20, outputs=3), []), moment("decaying", N)
+    plain, shrunk = (sketch_metric(kept.sketch.value(), Metric.of(H, share), share) for share in (0.0, 0.5))
     assert plain.outputs is not None and shrunk.outputs is not None
     torch.testing.assert_close(shrunk.H - plain.H, 0.5 * torch.eye(N))
     torch.testing.assert_close(shrunk.outputs.H - plain.outputs.H, 0.5 * torch.eye(M))
+
+
+@pytest.mark.parametrize("scaling", ["full", "diagonal"])
+def test_sides_of_sketch_b_are_averaged_with_those_of_single_tokens(scaling):
+    sides, H = sketched(gradients(20, outputs=3), []).sketch.value(), moment("decaying", N)
+    inputs = Metric.of(H.diagonal() if scaling == "diagonal" else H, 0.1)
+    metric = sketch_metric(sides, inputs, 0.1)
+    assert metric.outputs is not None
+    tokens = H.diagonal().diag() if scaling == "diagonal" else H
+    for found, side, of_tokens in ((metric, "input", tokens), (metric.outputs, "output", sides["tokens"])):
+        own, theirs = (A / A.diagonal().mean() for A in (sides[side], of_tokens))
+        expected = 0.25 * own + 0.75 * theirs + 0.1 * torch.eye(len(own), dtype=torch.float64)
+        torch.testing.assert_close(found.H.double(), expected, rtol=1e-5, atol=1e-6)
+    assert float(inputs.weights.mean()) == pytest.approx(1.1)  # which is left as it was
+
+
+def test_sketch_of_no_gradients_leaves_the_moment_out():
+    sides = {
+        side: torch.zeros(size, size, dtype=torch.float64)
+        for side, size in (("output", M), ("input", N), ("tokens", M))
+    }
+    metric = sketch_metric(sides, Metric.of(moment("decaying", N)), 0.1)
+    assert metric.unit == 0.0 and torch.equal(metric.H, torch.ones(N))
