@@ -36,6 +36,7 @@ class Walk:
         held_out: so many.
         counts: write sums after so many sequences.
         kinds: of sketches.
+        first: how many tokens a sequence's first one counts for in moments.
         folder: where all of it goes.
     """
 
@@ -45,6 +46,7 @@ class Walk:
     held_out: int
     counts: Sequence[int]
     kinds: Sequence[str]
+    first: int
     folder: Path
 
     def block(self, index: int) -> dict[str, Any]:
@@ -54,6 +56,12 @@ class Walk:
         ``sketches`` (layer -> kind -> side -> factor), float32.
         """
         found: dict[str, Any] = torch.load(self._path("block", index), mmap=True)
+        kept = found.keys() - {"held_out"}
+        if lacking := {str(count) for count in self.counts} - kept:
+            raise SystemExit(
+                f"{self.folder}: has sums of {', '.join(sorted(kept))} sequences, not of {', '.join(sorted(lacking))}; "
+                "name another --folder"
+            )
         return found
 
     def collect(self) -> None:
@@ -104,7 +112,7 @@ class Walk:
     def _back(self, block: Block, slopes: Tensor) -> dict[str, Any]:
         """Take gradients ``[N, T, d]`` back through a block, in their place."""
         self.decoder.load_block(block.index)
-        sums = _Sums(block, self.kinds)
+        sums = _Sums(block, self.kinds, self.first)
         states, seen = torch.load(self._path("states", block.index), mmap=True), len(self.ids) - self.held_out
         run, linears = partial(self.decoder.run_block, block.index), self.decoder.linear_modules(block.index)
         found: dict[str, Any] = {}
@@ -120,7 +128,8 @@ class Walk:
 class _Sums:
     """A block's moments and sketches, while sequences come back."""
 
-    def __init__(self, block: Block, kinds: Sequence[str]) -> None:
+    def __init__(self, block: Block, kinds: Sequence[str], first: int) -> None:
+        self._first = first
         shapes = {linear.name: (linear.out_features, linear.in_features) for linear in block.linears}
         self.moments = {linear.input: InputMoment(linear.in_features, "exact") for linear in block.linears}
         self.sketches = {name: {kind: Sketch(kind, *shape) for kind in kinds} for name, shape in shapes.items()}
@@ -128,7 +137,7 @@ class _Sums:
 
     def add(self, name: str, x: Tensor, g: Tensor) -> None:
         if name in self.moments:  # an input has the name of the first layer that reads it
-            self.moments[name].update(x)
+            self.moments[name].update(x, self._first)
         for sketch in self.sketches[name].values():
             sketch.update(x, g)
 

@@ -25,6 +25,7 @@ from rows import Original, Row, columns, load_stored, score, show
 from torch import Tensor
 from walk import Walk
 
+from srr_dist.calibration import first_token_weight
 from srr_dist.calibration.sketches import HeldOut
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, BlockGraph, build_graph
@@ -162,7 +163,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     )
     decoder = Decoder(checkpoint, dtype=torch.float32)
     kinds, counts = sorted(set(arguments.sketch)), sorted(set(arguments.sequences))
-    walk = Walk(decoder, graph, ids, arguments.held_out, counts, kinds, arguments.folder)
+    first = first_token_weight(arguments.first_token_share, arguments.seq_len)
+    walk = Walk(decoder, graph, ids, arguments.held_out, counts, kinds, first, arguments.folder)
     walk.collect()
     if arguments.collect:
         return []
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1024], help="fewer than the most: one width alone")
     parser.add_argument("--held-out", type=int, default=64, help="sequences for the gate")
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--first-token-share", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0, help="of the draw of calibration sequences")
     parser.add_argument("--sketch", nargs="+", default=["B"])
     parser.add_argument("--folder", type=Path, required=True, help="where moments and sketches are kept, for more rows")
