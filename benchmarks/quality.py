@@ -117,7 +117,13 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, nargs="+", default=[32])
     parser.add_argument("--rank", type=int, nargs="+", default=[32])
     parser.add_argument("--shrinkage", type=float, nargs="+", default=[USUAL_SHRINKAGE])
-    parser.add_argument("--first-token-share", type=float, nargs="+", default=[0.0])
+    parser.add_argument(
+        "--first-token-share",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="of its sequence that a first token counts for",
+    )
     parser.add_argument("--tune-steps", type=int, nargs="*", default=[], help="a row more for each number of steps")
     parser.add_argument("--tune-batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--only", nargs="*", default=[""], help="recipes whose name matches one of these expressions")

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1024], help="fewer than the most: one width alone")
     parser.add_argument("--held-out", type=int, default=64, help="sequences for the gate")
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--first-token-share", type=float, default=0.03)
+    parser.add_argument("--first-token-share", type=float, default=0.03, help="of its sequence, in moments")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of calibration sequences")
     parser.add_argument("--sketch", nargs="+", default=["B"])
     parser.add_argument("--folder", type=Path, required=True, help="where moments and sketches are kept, for more rows")
