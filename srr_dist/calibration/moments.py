@@ -63,14 +63,15 @@ class InputMoment:
         """
         finite = torch.isfinite(x.sum(-1, dtype=torch.float32))  # a NaN or Inf anywhere in a row reaches its sum
         weighted = x if first == 1 else torch.cat((x[:1] * first, x[1:]))
-        more = (first - 1) * int(finite[:1].sum())
-        if not bool(finite.all()):
+        more = first - 1
+        if not bool(finite.all()):  # what else there is to ask a GPU for is asked in this rare case alone
             self.excluded += int((~finite).sum())
+            more *= int(finite[0])
             x, weighted = x[finite], weighted[finite]
-        self.tokens += len(x)
-        self.weight += len(x) + more
         if len(x) == 0:
             return
+        self.tokens += len(x)
+        self.weight += len(x) + more
         match self.scaling:
             case "exact":
                 self._add_products(weighted, x)
