@@ -148,6 +148,20 @@ class Metric:
         """``E H: [m, n]``."""
         return E * self.H if self.diagonal else E @ self.H
 
+    @property
+    def damped(self) -> Tensor:
+        """H damped as for feedback, ``[n, n]`` of a full one."""
+        H = self.H.clone()
+        H.diagonal().add_(self.damping)
+        return H
+
+    def both(self, E: Tensor) -> Tensor:
+        """``H_O E H: [m, n]``; ``E H`` without an output side."""
+        across = self.right(E)
+        if self.outputs is None:
+            return across
+        return self.outputs.left(across).add_(across, alpha=self.outputs.damping)
+
     def left(self, X: Tensor) -> Tensor:
         """``H X`` for ``X: [n, b]``."""
         return self.H[:, None] * X if self.diagonal else self.H @ X

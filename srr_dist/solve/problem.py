@@ -25,7 +25,7 @@ class SolveOptions:
         form: ``joint`` (best rank-r approximation of W − Q) or ``split`` (P_k plus the best rank r − k of the rest).
         iterations: how often ``W − L R`` is quantized and W − Q approximated again, the best of all kept.
         descent: how often after that codes and scales descend from where they are, and W − Q is approximated again; not
-            under a diagonal metric, where codes that are nearest are best, nor where outputs depend on each other.
+            under a diagonal moment of the inputs.
         rounding_metric: what iterations and descent work in: ``full``, the metric itself, or ``downdated``, what is
             left of a full one beyond the adapter's rows.
         seed: the run's seed.
@@ -105,9 +105,9 @@ class Problem:
             current = replace(self._reconstructed(*self._anew(current), start.k), iteration=number)
             best = min(best, current, key=lambda candidate: candidate.objective)
         current = best
-        descends = self.metric.separate and not self.metric.diagonal
-        for number in range(anew + 1, anew + 1 + (self.options.descent if descends else 0)):
-            codes, scale = self.options.quantizer.descend(*self._beside(current), current.codes, current.scale)
+        for number in range(anew + 1, anew + 1 + (0 if self.metric.diagonal else self.options.descent)):
+            beside = self._beside(current, nearby=True)
+            codes, scale = self.options.quantizer.descend(*beside, current.codes, current.scale)
             current = replace(self._reconstructed(codes, scale, current.damping, start.k), iteration=number)
             best = min(best, current, key=lambda candidate: candidate.objective)
         return best
@@ -117,10 +117,19 @@ class Problem:
         residual, metric = self._beside(current)
         return *self.options.quantizer.quantize(residual, metric), self.options.quantizer.damping(metric)
 
-    def _beside(self, current: Candidate) -> tuple[Tensor, Metric]:
-        """What codes should be near to, and in which metric, beside an adapter that will be fitted to them again."""
-        downdated = self.options.rounding_metric == "downdated" and self.rank and not self.metric.diagonal
-        return less(self.W, current.L, current.R), self.metric.beyond(current.R) if downdated else self.metric
+    def _beside(self, current: Candidate, *, nearby: bool = False) -> tuple[Tensor, Metric]:
+        """What codes should be near to, and in which metric, beside an adapter that will be fitted to them again.
+
+        Beyond its rows, whatever the codes will be. Where they stay nearby, so does the adapter, and L follows as well:
+        beyond its columns too, where outputs depend on each other anyway.
+        """
+        residual, metric = less(self.W, current.L, current.R), self.metric
+        if self.options.rounding_metric != "downdated" or not self.rank or metric.diagonal:
+            return residual, metric
+        metric = metric.beyond(current.R)
+        if nearby and metric.outputs is not None and not metric.separate:
+            metric = replace(metric, outputs=metric.outputs.beyond(current.L.mT))
+        return residual, metric
 
     def _reconstructed(self, codes: Tensor, scale: Tensor, damping: float, k: int) -> Candidate:
         """Give all ranks to the best approximation of ``W − Q``."""

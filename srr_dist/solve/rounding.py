@@ -1,15 +1,12 @@
-"""Codes that make up for each other's errors: error feedback from left to right, and descent from given codes.
+"""Codes that make up for each other's errors from left to right: error feedback.
 
-Error feedback is GPTQ in its form as LDLQ (arXiv 2210.17323; QuIP, arXiv 2307.13304, shows them equal).
+This is GPTQ in its form as LDLQ (arXiv 2210.17323; QuIP, arXiv 2307.13304, shows them equal).
 
 With ``H = U D Uᵀ``, U unit upper triangular, the error of a row ``δ = w − q`` is ``δ H δᵀ = Σ_j D_j η_j²`` with
 ``η_j = δ_j + Σ_{i<j} δ_i U_ij``. Taken from left to right, ``q_j = round(w_j + Σ_{i<j} δ_i U_ij)`` makes each term as
 small as the grid allows. One Cholesky factorization and no inverse. Inputs are taken in descending order of their
 moment, so that those which count most are rounded while others can still make up for them; scales belong to groups of
 neighbours and are fixed before, so that the order costs readers nothing.
-
-Descent (QuantEase, arXiv 2309.01885, does so for codes) gives each code in turn, and each scale, the value that is best
-beside all the others: ``q_j ← round(q_j + (δ H)_j / H_jj)``. Where feedback looks only ahead, it looks both ways.
 """
 
 from __future__ import annotations
@@ -79,57 +76,13 @@ def gptq(W: Tensor, scale: Tensor, grid: Grid, feedback: Feedback, zero: Tensor 
     weights, group = W.mT[order], order // (W.shape[1] // scale.shape[1])
     steps = scale.float().mT[group]
     zeros = None if zero is None else zero.mT[group]
-    codes = _sweep(weights, weights.clone(), steps, zeros, feedback.U, grid)
+    codes = sweep(weights, weights.clone(), steps, zeros, feedback.U, grid)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored.mT.contiguous()
 
 
-def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
-    """Each code in turn at the best value beside all others, in the moment H damped as for feedback.
-
-    Args:
-        W: float32 ``[m, n]``.
-        codes: of the grid's type ``[m, n]``, where to begin.
-        scale: bfloat16 ``[m, groups]``.
-        grid: of the codes.
-        H: float32 ``[n, n]``, of mean diagonal about 1.
-
-    Returns:
-        As codes.
-    """
-    damped = H.clone()
-    damped.diagonal().add_(DAMPING)
-    curvature = damped.diagonal().clone()
-    size, zero = W.shape[1] // scale.shape[1], grid.zero(codes)
-    Q = grid.dequantize(codes, scale).mT.contiguous()
-    target = (damped @ (W.mT - Q)).div_(curvature.unsqueeze(1)).add_(Q)
-    steps = scale.float().mT.repeat_interleave(size, dim=0)
-    zeros = None if zero is None else zero.mT.repeat_interleave(size, dim=0)
-    return _sweep(Q, target, steps, zeros, damped.div_(curvature), grid).mT.contiguous()
-
-
-def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
-    """Each group's scale in turn at the best value beside all others, where that lowers the error as it is stored.
-
-    Arguments as for ``descend_codes``; returns bfloat16 ``[m, groups]``.
-    """
-    error, found = W - grid.dequantize(codes, scale), scale.clone()
-    size = W.shape[1] // scale.shape[1]
-    for group in range(scale.shape[1]):
-        inputs = slice(group * size, (group + 1) * size)
-        own, old = grid.points(codes[:, inputs]), scale[:, group]
-        curvature = (own @ H[inputs, inputs]).mul_(own).sum(-1)
-        slope = (error @ H[:, inputs]).mul_(own).sum(-1)
-        new = (old.float() + slope / curvature).bfloat16()  # codes of zeros give 0 / 0, which is not better
-        change = new.float() - old.float()
-        better = (change * (2.0 * slope - change * curvature) > 0) & (new != 0)
-        found[:, group] = torch.where(better, new, old)
-        error[:, inputs] = W[:, inputs] - grid.dequantize(codes[:, inputs], found[:, group : group + 1])
-    return found
-
-
-def _sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U: Tensor, grid: Grid) -> Tensor:
+def sweep(moved: Tensor, target: Tensor, steps: Tensor, zeros: Tensor | None, U: Tensor, grid: Grid) -> Tensor:
     """Round inputs, which are rows here, from the first to the last, each moving the targets of those after it.
 
     Args:

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from srr_dist.solve import Grid, Metric
+
 T = TypeVar("T")
 
 MOMENTS = ("white", "decaying", "diagonal", "singular", "wide", "massive")
@@ -53,6 +55,32 @@ def moment(kind: str, n: int, seed: int = 0) -> Tensor:
 
 def full(H: Tensor) -> Tensor:
     return H.diag() if H.dim() == 1 else H
+
+
+def two_sided(shape: tuple[int, int], outputs: str = "decaying", inputs: str = "decaying") -> Metric:
+    """The metric of an ``[m, n]`` layer by both of its moments."""
+    m, n = shape
+    return Metric.of(moment(inputs, n)).beside(Metric.of(moment(outputs, m, seed=5)))
+
+
+def sides(metric: Metric) -> tuple[Tensor, Tensor]:
+    """``H_O``, damped, and ``H_I`` as the objective has them, float64."""
+    assert metric.outputs is not None
+    H_O = full(metric.outputs.H.double())
+    H_O = H_O + metric.outputs.damping * torch.eye(len(H_O), dtype=torch.float64)
+    return metric.unit * H_O, full(metric.H.double())
+
+
+def weighed(E: Tensor, metric: Metric) -> float:
+    """``tr(H_O E H_I Eᵀ)`` by its definition, in float64."""
+    H_O, H_I = sides(metric)
+    return float(torch.trace(H_O @ E.double() @ H_I @ E.double().mT))
+
+
+def bounds(grid: Grid, zero: Tensor | None, W: Tensor, scale: Tensor) -> list[Tensor]:
+    """Smallest and largest code at every place of W, float64."""
+    zeros = (torch.zeros(scale.shape) if zero is None else zero).double()
+    return [end - zeros.repeat_interleave(W.shape[1] // scale.shape[1], dim=1) for end in grid.code_range]
 
 
 def objective(delta: Tensor, H: Tensor) -> float:

@@ -9,7 +9,7 @@ from srr_dist.config import NF4_BLOCKS
 from srr_dist.errors import ConfigError
 from srr_dist.solve import IntGrid, Metric, NF4Grid, Quantizer, make_grid
 from srr_dist.solve.normalfloat import VALUES, position, values
-from srr_dist.solve.quantizer import search_scales
+from srr_dist.solve.scales import search_scales
 from tests.solve.problems import moment, objective, weight, with_threads
 
 TABLE = torch.tensor(VALUES, dtype=torch.float64)

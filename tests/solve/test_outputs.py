@@ -15,29 +15,13 @@ from srr_dist.solve import (
     remeasured,
     solve_layer,
 )
-from tests.solve.problems import full, moment, weight, with_threads
+from tests.solve.problems import sides, two_sided, weighed, weight, with_threads
 
 GRID = IntGrid(3, 16)
 YAQA = Quantizer(GRID, "search", "yaqa")
 OPTIONS = SolveOptions("srr", YAQA, rank=8)
 NAME = "model.layers.3.mlp.up_proj"
 OUTPUTS = ["decaying", "wide", "singular", "massive", "diagonal"]
-
-
-def two_sided(shape, outputs="decaying", inputs="decaying"):
-    m, n = shape
-    return Metric.of(moment(inputs, n)).beside(Metric.of(moment(outputs, m, seed=5)))
-
-
-def moments(metric):
-    """``H_O``, damped, and ``H_I`` as the objective has them, float64."""
-    H_O = full(metric.outputs.H.double())
-    return metric.unit * (H_O + 0.01 * torch.eye(len(H_O), dtype=torch.float64)), full(metric.H.double())
-
-
-def weighed(E, metric):
-    H_O, H_I = moments(metric)
-    return float(torch.trace(H_O @ E.double() @ H_I @ E.double().mT))
 
 
 def error(W, solution, grid):
@@ -47,7 +31,7 @@ def error(W, solution, grid):
 
 def best(E, metric, rank):
     """``min tr(H_O (E − L R) H_I (E − L R)ᵀ)`` of that rank, by the singular values of ``C_Oᵀ E C_I``."""
-    H_O, H_I = moments(metric)
+    H_O, H_I = sides(metric)
     values, V = torch.linalg.eigh(H_I)
     S = V * values.clamp_min(0.0).sqrt()
     return float(torch.linalg.svdvals(torch.linalg.cholesky(H_O).mT @ E.double() @ S)[rank:].square().sum())
@@ -164,14 +148,21 @@ def test_rounding_beyond_the_adapter_has_less_error():
     assert beyond.result["objective"]["chosen"] < full_.result["objective"]["chosen"]
 
 
-def test_nothing_descends_where_outputs_depend_on_each_other():
-    W = weight(48, 64)
-    for outputs, moves in (("decaying", False), ("diagonal", True)):
-        still, descended = (
-            solve(W, two_sided((48, 64), outputs), replace(OPTIONS, split="criterion", descent=count))
-            for count in (0, 2)
-        )
-        assert same(still, descended) != moves
+@pytest.mark.parametrize("outputs", ["decaying", "wide", "massive", "diagonal"])
+@pytest.mark.parametrize(("method", "grid"), [("none", GRID), ("none", MXIntGrid(3, 16)), ("srr", GRID)], ids=str)
+def test_codes_and_scales_descend_in_both_moments(method, grid, outputs):
+    W, metric = weight(64, 96), two_sided((64, 96), outputs)
+    options = replace(OPTIONS, method=method, split="criterion", quantizer=replace(YAQA, grid=grid))
+    still, descended = (solve(W, metric, replace(options, descent=count)) for count in (0, 3))
+    assert descended.result["objective"]["chosen"] < 0.97 * still.result["objective"]["chosen"]
+    assert descended.result["iteration"] > 0
+
+
+def test_descent_beyond_both_factors_has_less_error():
+    W, metric = weight(64, 96), two_sided((64, 96), "massive", "massive")
+    options = replace(OPTIONS, split="criterion", iterations=1, descent=3)
+    alike, beyond = (solve(W, metric, replace(options, rounding_metric=name)) for name in ("full", "downdated"))
+    assert beyond.result["objective"]["chosen"] < alike.result["objective"]["chosen"]
 
 
 def test_remeasured_solution_is_what_it_was():

@@ -1,18 +1,14 @@
-"""Scales by search and rounding with error feedback, against their definitions in float64."""
+"""Rounding with error feedback, against its definition in float64."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, NF4Grid, Quantizer, make_grid
+from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, NF4Grid, Quantizer
 from srr_dist.solve.grids import PER_CHANNEL
-from srr_dist.solve.quantizer import search_scales
-from srr_dist.solve.rounding import DAMPING, descend_codes, descend_scales, feedback_of, gptq
-from tests.solve.problems import moment, normal, objective, weight, with_threads
+from srr_dist.solve.rounding import DAMPING, feedback_of, gptq
+from tests.solve.problems import bounds, moment, objective, weight, with_threads
 
 GRIDS = [
     MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, 8), MXIntGrid(4, 32), IntGrid(4, PER_CHANNEL),
@@ -21,98 +17,9 @@ GRIDS = [
 CORRELATED = ["decaying", "singular", "massive", "wide"]
 
 
-def importance(n, seed=0):
-    return normal(n, seed=seed).square().add(0.01).float()
-
-
 def own(grid, W):
     """The grid's own scales and zero points."""
     return next(grid.candidates(W))
-
-
-def equal(first, second):
-    return all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def weighted_error(W, grid, scale, zero, weights):
-    """``Σ h (w − q)²`` of every group, in float64, from the stored types."""
-    Q = grid.dequantize(grid.encode(W, scale, zero), scale).double()
-    return ((W.double() - Q).square() * weights.double()).reshape(*scale.shape, -1).sum(-1)
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_searched_scale_is_the_best_of_all_trials_in_float64(grid):
-    W, weights = weight(24, 64), importance(64)
-    found = weighted_error(W, grid, *search_scales(W, grid, weights), weights)
-    errors = torch.stack([weighted_error(W, grid, *trial, weights) for trial in grid.candidates(W)])
-    torch.testing.assert_close(found, errors.amin(0), rtol=1e-4, atol=1e-12)
-    assert (found.sum() < 0.99 * errors[0].sum()).item()
-
-
-def test_searched_scale_follows_the_inputs_that_count():
-    W = torch.full((1, 16), 0.3)
-    W[0, 3] = 1.0  # an outlier that nearest codes would stretch the scale for
-    light, heavy = torch.ones(16), torch.ones(16)
-    light[3], heavy[3] = 1e-4, 1e4
-    grid = IntGrid(2, 16)
-    assert search_scales(W, grid, light)[0].abs().item() < search_scales(W, grid, heavy)[0].abs().item()
-
-
-@pytest.mark.parametrize("side", [1.0, -1.0])
-def test_searched_scale_puts_the_longer_end_of_the_range_where_the_larger_weights_are(side):
-    codes = torch.tensor([[-4.0, 3.0, -3.0, 2.0, -1.0, 0.0, 1.0, 3.0]])
-    grid = IntGrid(3, 8)
-    scale, _ = search_scales(side * codes * 0.25, grid, torch.ones(8))
-    assert scale.item() == side * 0.25
-    assert torch.equal(grid.dequantize(grid.encode(side * codes * 0.25, scale), scale), side * codes * 0.25)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    m=st.integers(1, 9),
-    groups=st.integers(1, 4),
-    bits=st.integers(2, 8),
-    kind=st.sampled_from(["int", "mxint", "int-asym"]),
-)
-def test_search_never_loses_to_the_grid_s_own_scale(m, groups, bits, kind):
-    grid, W, weights = make_grid(kind, bits, 8), weight(m, 8 * groups, seed=m), importance(8 * groups, seed=bits)
-    found, first = (weighted_error(W, grid, *s, weights) for s in (search_scales(W, grid, weights), own(grid, W)))
-    assert (found <= first * (1 + 1e-5) + 1e-12).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(bits=st.integers(2, 8), size=st.sampled_from([4, 8, 16]), seed=st.integers(0, 2**31), shift=st.floats(-0.2, 0.2))
-def test_search_with_zero_points_never_loses_to_one_without(bits, size, seed, shift):
-    W, weights = weight(7, 32, seed=seed) + shift, importance(32, seed=seed)
-    without, having = (
-        weighted_error(W, grid, *search_scales(W, grid, weights), weights)
-        for grid in (IntGrid(bits, size), AsymmetricIntGrid(bits, size))
-    )
-    assert (having <= without * (1 + 1e-5) + 1e-12).all()
-
-
-def test_zero_points_pay_where_weights_lie_on_one_side():
-    W, weights = weight(24, 64) + 0.2, importance(64)
-    without, having = (
-        weighted_error(W, grid, *search_scales(W, grid, weights), weights).sum()
-        for grid in (IntGrid(3, 16), AsymmetricIntGrid(3, 16))
-    )
-    assert having < 0.5 * without
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_searched_scales_are_the_same_again_for_any_threads_and_rows_at_once(grid, monkeypatch):
-    W, weights = weight(96, 64), importance(64)
-    first = with_threads(1, lambda: search_scales(W, grid, weights))
-    assert equal(first, with_threads(2, lambda: search_scales(W, grid, weights)))
-    monkeypatch.setattr("srr_dist.solve.quantizer._CHUNK", 64)
-    assert equal(first, search_scales(W, grid, weights))
-
-
-def bounds(grid, zero, W, scale):
-    """Smallest and largest code at every place of W, float64."""
-    zeros = (torch.zeros(scale.shape) if zero is None else zero).double()
-    return [end - zeros.repeat_interleave(W.shape[1] // scale.shape[1], dim=1) for end in grid.code_range]
 
 
 def gptq_by_definition(W, scale, zero, grid, H):
@@ -213,99 +120,6 @@ def test_gptq_is_bitwise_the_same_again_and_for_any_threads(shape, grid):
     for threads in (1, 2):
         again = with_threads(threads, lambda: quantizer.quantize(W, Metric.of(H)))
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-
-
-def descent_by_definition(W, codes, scale, grid, H):
-    """Each code in turn at its best beside all others, in float64, and how far the closest call was decided."""
-    damped = Metric.of(H).H.double()
-    damped = damped + DAMPING * torch.eye(len(damped), dtype=torch.float64)
-    low, high = bounds(grid, grid.zero(codes), W, scale)
-    codes, steps = codes.double(), scale.double().repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
-    margins = torch.zeros_like(codes)
-    for j in range(W.shape[1]):
-        Q = (grid.points(codes) * steps).bfloat16().double()
-        slope = (W.double() - Q) @ damped[:, j]
-        wanted = grid.position(((Q[:, j] + slope / damped[j, j]) / steps[:, j]).float()).double()
-        margins[:, j] = (wanted - wanted.floor() - 0.5).abs()
-        codes[:, j] = wanted.round().clamp(low[:, j], high[:, j])
-    return codes.to(grid.dtype), margins
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("kind", CORRELATED)
-@pytest.mark.parametrize("shape", [(24, 64), (5, 32), (7, 160)])
-def test_descent_takes_the_codes_of_its_definition(grid, kind, shape):
-    W, H = weight(*shape), moment(kind, shape[1])
-    start, scale = grid.quantize(W)
-    codes = descend_codes(W, start, scale, grid, Metric.of(H).H)
-    expected, margins = descent_by_definition(W, start, scale, grid, H)
-    # Where a target lies on the edge between two codes, float32 may take the other one and the rest of its row follows.
-    sure = (margins > 1e-3).cumprod(dim=1).bool()
-    assert sure.float().mean() > 0.5
-    assert torch.equal(codes[sure], expected[sure])
-
-
-def damped_objective(W, codes, scale, grid, metric):
-    delta = W.double() - grid.dequantize(codes, scale).double()
-    return objective(delta, metric.H.double() + DAMPING * torch.eye(W.shape[1], dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    "grid",
-    [MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, PER_CHANNEL), AsymmetricIntGrid(3, 16), NF4Grid(4, 32)],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", CORRELATED)
-def test_each_descent_lowers_the_error_until_nothing_moves(grid, kind):
-    W, metric = weight(48, 96), Metric.of(moment(kind, 96))
-    codes, scale = Quantizer(grid, rounding="gptq").quantize(W, metric)
-    errors = [damped_objective(W, codes, scale, grid, metric)]
-    for _ in range(30):
-        codes = descend_codes(W, codes, scale, grid, metric.H)
-        errors.append(damped_objective(W, codes, scale, grid, metric))
-    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
-    assert errors[1] < errors[0]
-    assert errors[-1] == pytest.approx(errors[-2], rel=1e-5)
-
-
-@pytest.mark.parametrize("grid", [IntGrid(3, 16), IntGrid(2, PER_CHANNEL), NF4Grid(4, 32)], ids=str)
-@pytest.mark.parametrize("kind", CORRELATED)
-def test_descended_scales_approach_the_best_ones_of_float64(grid, kind):
-    W, metric = weight(24, 64), Metric.of(moment(kind, 64), 0.1)
-    codes, scale = Quantizer(grid, rounding="gptq").quantize(W, metric)
-    first = objective(W - grid.dequantize(codes, scale), metric.H)
-    found = scale
-    for _ in range(20):
-        found = descend_scales(W, codes, found, grid, metric.H)
-    H, best = metric.H.double(), 0.0
-    for w, c in zip(W.double(), grid.points(codes).double(), strict=True):  # least squares over the scales of each row
-        parts = torch.block_diag(*c.reshape(scale.shape[1], -1).unbind())
-        wanted = torch.linalg.lstsq(parts @ H @ parts.mT, (parts @ H @ w).unsqueeze(1)).solution.squeeze(1)
-        best += objective((w - wanted @ parts).unsqueeze(0), H)
-    last = objective(W - grid.dequantize(codes, found), metric.H)
-    assert best <= last < first
-    rounding = 0.1 if grid.codebook is None else 0.15  # of scales to bfloat16, and of values that have many digits
-    assert last - best < rounding * (first - best)
-
-
-def test_scale_of_a_group_of_zeros_stays():
-    grid, W = IntGrid(3, 16), weight(4, 32)
-    codes, scale = grid.quantize(W)
-    codes[1, :16] = 0
-    found = descend_scales(W, codes, scale, grid, Metric.of(moment("decaying", 32)).H)
-    assert found[1, 0] == scale[1, 0]
-    assert found.isfinite().all()
-
-
-@pytest.mark.parametrize("grid", [IntGrid(3, 32), AsymmetricIntGrid(3, 32), NF4Grid(4, 32)], ids=str)
-@pytest.mark.parametrize("shape", [(96, 160), (1, 128), (33, 256), (1600, 640)])
-def test_descent_is_bitwise_the_same_again_and_for_any_threads(shape, grid):
-    W, metric = weight(*shape), Metric.of(moment("decaying", shape[1]))
-    quantizer, start = Quantizer(grid, scales="search", rounding="gptq"), grid.quantize(W)
-    first = with_threads(1, lambda: quantizer.descend(W, metric, *start))
-    for threads in (1, 2):
-        again = with_threads(threads, lambda: quantizer.descend(W, metric, *start))
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_every_choice_has_an_effect():

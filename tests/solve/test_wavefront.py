@@ -6,8 +6,8 @@ import torch
 from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid
 from srr_dist.solve import wavefront as module
 from srr_dist.solve.grids import PER_CHANNEL
-from srr_dist.solve.quantizer import search_scales
 from srr_dist.solve.rounding import Feedback, feedback_of, gptq
+from srr_dist.solve.scales import search_scales
 from srr_dist.solve.wavefront import yaqa
 from tests.solve.problems import moment, weight, with_threads
 

@@ -1,0 +1,104 @@
+"""From given codes to better ones: each in turn at the best value beside all others.
+
+Where error feedback looks only ahead, descent looks both ways: ``q_j ← round(q_j + (δ H)_j / H_jj)`` (QuantEase, arXiv
+2309.01885, does so for codes), and each group's scale likewise.
+
+With an output side, ``tr(H_O Δ H Δᵀ)``, the best value of a row beside all other rows is the one of that row by itself
+for a target moved by ``Σ_{k≠i} H_O,ik δ_k / H_O,ii``. Rows of which every eighth is taken depend little on each other,
+so that they move side by side; where the error says that they do not, the halves of such a part move one after the
+other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srr_dist.solve.grids import Grid
+from srr_dist.solve.metric import Metric, inner
+from srr_dist.solve.rounding import DAMPING, sweep
+from srr_dist.threads import one_thread
+
+_PARTS, _MOST_PARTS = 8, 64
+"""Parts of a matrix's rows that move one after the other: at first, and where those do not suffice."""
+
+
+def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
+    """Each code in turn at the best value beside all others, in the moment H damped as for feedback.
+
+    Args:
+        W: float32 ``[m, n]``.
+        codes: of the grid's type ``[m, n]``, where to begin.
+        scale: bfloat16 ``[m, groups]``.
+        grid: of the codes.
+        H: float32 ``[n, n]``, of mean diagonal about 1.
+
+    Returns:
+        As codes.
+    """
+    damped = H.clone()
+    damped.diagonal().add_(DAMPING)
+    curvature = damped.diagonal().clone()
+    size, zero = W.shape[1] // scale.shape[1], grid.zero(codes)
+    Q = grid.dequantize(codes, scale).mT.contiguous()
+    target = (damped @ (W.mT - Q)).div_(curvature.unsqueeze(1)).add_(Q)
+    steps = scale.float().mT.repeat_interleave(size, dim=0)
+    zeros = None if zero is None else zero.mT.repeat_interleave(size, dim=0)
+    return sweep(Q, target, steps, zeros, damped.div_(curvature), grid).mT.contiguous()
+
+
+def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
+    """Each group's scale in turn at the best value beside all others, where that lowers the error as it is stored.
+
+    Arguments as for ``descend_codes``; returns bfloat16 ``[m, groups]``.
+    """
+    error, found = W - grid.dequantize(codes, scale), scale.clone()
+    size = W.shape[1] // scale.shape[1]
+    for group in range(scale.shape[1]):
+        inputs = slice(group * size, (group + 1) * size)
+        own, old = grid.points(codes[:, inputs]), scale[:, group]
+        curvature = (own @ H[inputs, inputs]).mul_(own).sum(-1)
+        slope = (error @ H[:, inputs]).mul_(own).sum(-1)
+        new = (old.float() + slope / curvature).bfloat16()  # codes of zeros give 0 / 0, which is not better
+        change = new.float() - old.float()
+        better = (change * (2.0 * slope - change * curvature) > 0) & (new != 0)
+        found[:, group] = torch.where(better, new, old)
+        error[:, inputs] = W[:, inputs] - grid.dequantize(codes[:, inputs], found[:, group : group + 1])
+    return found
+
+
+def descend_across(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, metric: Metric) -> Tensor:
+    """The codes of each part of the rows in turn at better values beside all other rows, wherever that is so.
+
+    Products run on one thread, which keeps their bits.
+
+    Args:
+        W: float32 ``[m, n]``.
+        codes: of the grid's type ``[m, n]``, where to begin.
+        scale: bfloat16 ``[m, groups]``.
+        grid: of the codes.
+        metric: of n inputs and m outputs, both sides full.
+
+    Returns:
+        As codes; their error is not larger.
+    """
+    assert metric.outputs is not None
+    H_O, codes = metric.outputs.damped, codes.clone()
+    error = W - grid.dequantize(codes, scale)
+    parts = [(first, _PARTS) for first in reversed(range(min(_PARTS, len(W))))]
+    with one_thread():
+        while parts:
+            first, step = parts.pop()
+            rows = slice(first, None, step)
+            own = H_O[rows]
+            across = own @ error
+            target = W[rows] + across / own[:, rows].diagonal().unsqueeze(1) - error[rows]
+            found = descend_codes(target, codes[rows], scale[rows], grid, metric.H)
+            left = W[rows] - grid.dequantize(found, scale[rows])
+            change = left - error[rows]
+            slope = metric.right(change)
+            if inner(2.0 * across + own[:, rows] @ change, slope) <= 0.0:
+                codes[rows], error[rows] = found, left
+            elif step < _MOST_PARTS and first + step < len(W):
+                parts += [(first + step, 2 * step), (first, 2 * step)]
+    return codes
