@@ -62,14 +62,17 @@ GATED = "gated"
 def recipes(arguments: argparse.Namespace) -> list[Recipe]:
     """Without an adapter and with one, for every width; fewer sequences for the curve's width alone."""
     found = []
-    choices = product(arguments.bits, arguments.rank, arguments.shrinkage, arguments.sketch, arguments.sequences)
-    for bits, rank, shrinkage, sketch, sequences in choices:
+    choices = product(
+        arguments.bits, arguments.rank, arguments.descent, arguments.shrinkage, arguments.sketch, arguments.sequences
+    )
+    for bits, rank, descent, shrinkage, sketch, sequences in choices:
         if sequences < max(arguments.sequences) and (rank or bits != arguments.curve_bits):
             continue
         quantizer = Quantizer(make_grid(arguments.grid, bits, arguments.group_size), "search", "yaqa")
-        adapter: dict[str, Any] = {"iterations": 3, "descent": 3, "rounding_metric": "downdated"} if rank else {}
-        options = SolveOptions("srr" if rank else "none", quantizer, rank, "criterion", **adapter)
+        adapter: dict[str, Any] = {"iterations": 3, "rounding_metric": "downdated"} if rank else {}
+        options = SolveOptions("srr" if rank else "none", quantizer, rank, "criterion", descent=descent, **adapter)
         shape = f"{arguments.grid}{bits} g{arguments.group_size}" + (f" r{rank}" if rank else "")
+        shape += f", descent {descent}" if descent else ""
         name = f"{shape}, λ = {shrinkage:g}, {sketch} of {sequences}"
         found.append(Recipe(name, options, shrinkage, sketch, sequences))
     return found
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--grid", default="int")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rank", type=int, nargs="+", default=[0, 6], help="0 for no adapter")
+    parser.add_argument("--descent", type=int, nargs="+", default=[0, 3], help="times that codes and scales descend")
     parser.add_argument("--shrinkage", type=float, nargs="+", default=[0.1], help="of both sides")
     parser.add_argument("--output", type=Path, help="JSON with the figures, the versions and the machine")
     arguments = parser.parse_args()

@@ -13,7 +13,9 @@ from srr_dist.calibration.sketches import sketch_operations, sketch_passes
 from srr_dist.checkpoint.graph import Block, shared_inputs
 from srr_dist.pipeline.memory import parameters
 from srr_dist.solve import Quantizer, SolveOptions
+from srr_dist.solve.descent import PARTS
 from srr_dist.solve.lowrank import START_STEPS, block_size
+from srr_dist.solve.scales import FIT_STEPS
 from srr_dist.solve.split import coarse_candidates, refined_candidates
 
 STEPS = 4
@@ -28,6 +30,8 @@ _RESIDUAL_BYTES = 70
 """The same to form W − P_k, Q and W − Q and to add up an energy."""
 _FEEDBACK_BYTES = 180
 """The same while errors go from input to input, inside a range of 32."""
+_FIT_BYTES = 40
+"""The same for a step of conjugate gradients."""
 _FEEDBACK_CALLS = 9
 """Operations on one input's weights."""
 _TRIAL_CALLS, _TRIAL_CHUNK = 12, 2**18
@@ -132,11 +136,14 @@ class LayerWork:
         """Columns b to a block."""
         return block_size(self.m, self.n, self.rank)
 
-    def solve(self) -> Work:
-        """The layer from its weight and metric to its stored factors."""
+    def solve(self, *, across: bool = False) -> Work:
+        """The layer from its weight and metric to its stored factors; ``across``: descent is in a metric of two sides.
+
+        Their other work beyond that of one side is ``two_sided``'s.
+        """
         m, n, r = self.m, self.n, self.rank
         work = self.tried() + self.iteration() * (self.options.iterations if r else 0)
-        work += self.descent() * (self.options.descent if self.full else 0)
+        work += self.descent(across=across) * (self.options.descent if self.full else 0)
         work += Work(link=2 * m * n) + self._with_moment(r) + Work(narrow=2 * m * n * r)
         if self.options.method != "srr":
             return work + self.energy()
@@ -144,10 +151,10 @@ class LayerWork:
 
     def two_sided(self) -> Work:
         """The layer once more in the metric of its sketch, where errors go from output to output as well."""
-        m, n = self.m, self.n
+        m, n, quantizer = self.m, self.n, self.options.quantizer
         rounded = self.candidates()[1] + (self.options.iterations if self.rank else 0)
-        across = Work(products=m * m * n) + self._fed(self.options.quantizer)
-        return self.solve() + factored(m) + factored(n) + across * rounded
+        across = Work(products=m * m * n) + self._fed(quantizer) + (self.fit() if quantizer.fits else Work())
+        return self.solve(across=True) + factored(m) + factored(n) + across * rounded
 
     def tried(self) -> Work:
         """The k that are tried."""
@@ -175,13 +182,21 @@ class LayerWork:
         again = self.full and self.options.rounding_metric == "downdated" and quantizer.rounding != "nearest"
         return self._beside() + self.rounding(quantizer) + self.subspace() + (factored(self.n) if again else Work())
 
-    def descent(self) -> Work:
+    def descent(self, *, across: bool = False) -> Work:
         """Codes and scales one after the other beside the adapter, and the adapter beside the codes."""
         m, n, quantizer = self.m, self.n, self.options.quantizer
-        codes = Work(products=3 * m * n * n) + self._fed(quantizer)
-        scales = Work(products=2 * m * n * n) if quantizer.scales == "search" and quantizer.grid.continuous else Work()
-        approximated = self.subspace() if self.rank else self.energy()
-        return self._beside() + codes + scales + Work(elementwise=m * n * _RESIDUAL_BYTES) + approximated
+        work = self._beside() + Work(products=3 * m * n * n, elementwise=m * n * _RESIDUAL_BYTES) + self._fed(quantizer)
+        if across:  # what other rows add to a part's targets, and how the error changes
+            work += Work(products=2 * m * n * n + (2 + 2 / PARTS) * m * m * n, calls=(PARTS - 1) * n * _FEEDBACK_CALLS)
+        if quantizer.fits:
+            work += self.fit() if across else Work(products=2 * m * n * n)
+        return work + (self.subspace() if self.rank else self.energy())
+
+    def fit(self) -> Work:
+        """Scales that fit codes in both sides of a metric."""
+        m, n = self.m, self.n
+        step = Work(products=2 * m * n * (m + n), elementwise=m * n * _FIT_BYTES)
+        return step * (FIT_STEPS + 1) + (self.energy() + Work(products=m * m * n)) * 2
 
     def _beside(self) -> Work:
         """What the adapter leaves, and the metric in which it is quantized."""

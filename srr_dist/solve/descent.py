@@ -19,8 +19,11 @@ from srr_dist.solve.metric import Metric, inner
 from srr_dist.solve.rounding import DAMPING, sweep
 from srr_dist.threads import one_thread
 
-_PARTS, _MOST_PARTS = 8, 64
-"""Parts of a matrix's rows that move one after the other: at first, and where those do not suffice."""
+PARTS = 8
+"""Of a matrix's rows, which move one after the other."""
+
+_MOST_PARTS = 64
+"""Where so few depend on each other too much."""
 
 
 def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def descend_across(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, metric: 
     assert metric.outputs is not None
     H_O, codes = metric.outputs.damped, codes.clone()
     error = W - grid.dequantize(codes, scale)
-    parts = [(first, _PARTS) for first in reversed(range(min(_PARTS, len(W))))]
+    parts = [(first, PARTS) for first in reversed(range(min(PARTS, len(W))))]
     with one_thread():
         while parts:
             first, step = parts.pop()

@@ -23,7 +23,8 @@ class Quantizer:
 
     Attributes:
         grid: the values there are.
-        scales: ``absmax`` (the grid's own) or ``search`` (least error, each input weighted by its moment).
+        scales: ``absmax`` (the grid's own) or ``search`` (least error, each input weighted by its moment; where outputs
+            depend on each other, then fitted to the codes).
         rounding: ``nearest``, ``gptq`` (each input's error is made up for by the inputs after it) or ``yaqa`` (and each
             output's by the outputs after it, where the metric has an output side). Under a diagonal moment errors of
             different inputs cannot make up for each other, nor those of different outputs without a full output side:
@@ -44,7 +45,7 @@ class Quantizer:
         if self._crosses(metric):
             assert metric.outputs is not None
             codes = yaqa(W, scale, self.grid, metric.feedback, metric.outputs.feedback, zero)
-            return codes, fit_scales(W, codes, scale, self.grid, metric) if self._fits else scale
+            return codes, self._fitted(W, codes, scale, metric)
         if self._feeds_back(metric):
             return gptq(W, scale, self.grid, metric.feedback, zero), scale
         return self.grid.encode(W, scale, zero), scale
@@ -58,14 +59,17 @@ class Quantizer:
         """Better codes, and scales if they may be chosen, from given ones, in a metric whose input side is full."""
         if self._crosses(metric):
             codes = descend_across(W, codes, scale, self.grid, metric)
-            return codes, fit_scales(W, codes, scale, self.grid, metric) if self._fits else scale
+            return codes, self._fitted(W, codes, scale, metric)
         codes = descend_codes(W, codes, scale, self.grid, metric.H)
-        if self._fits:
+        if self.fits:
             scale = descend_scales(W, codes, scale, self.grid, metric.H)
         return codes, scale
 
+    def _fitted(self, W: Tensor, codes: Tensor, scale: Tensor, metric: Metric) -> Tensor:
+        return fit_scales(W, codes, scale, self.grid, metric) if self.fits else scale
+
     @property
-    def _fits(self) -> bool:
+    def fits(self) -> bool:
         """Whether scales may follow codes."""
         return self.scales == "search" and self.grid.continuous
 

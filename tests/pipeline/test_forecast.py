@@ -100,6 +100,19 @@ def test_each_descent_costs_products_and_calls_for_each_input(grid, products):
     assert len(set(diagonal)) == 1
 
 
+@pytest.mark.parametrize(("grid", "fitted"), [("mxint", 0), ("int", 1)])
+def test_a_metric_of_two_sides_costs_feedback_and_descent_along_outputs_as_well(grid, fitted):
+    options = replace(OPTIONS, method="none", quantizer=Quantizer(make_grid(grid, 3, 32), "search", "yaqa"))
+    m, n = 16, 32
+    still, moving = (LayerWork(m, n, replace(options, descent=count), full=True) for count in (0, 2))
+    energy = still.energy().products
+    fit = fitted * (7 * 2 * m * n * (m + n) + 2 * (energy + m * m * n))
+    assert still.two_sided().products - still.solve().products == m * m * n + fit
+    each = (3 + 2) * m * n * n + 2.25 * m * m * n + energy + fit
+    assert moving.two_sided().products - still.two_sided().products == 2 * each
+    assert moving.two_sided().calls - still.two_sided().calls == 2 * 8 * n * 9
+
+
 def test_looking_codes_up_costs_bytes_wherever_codes_are_taken():
     table, integers = (Quantizer(make_grid(grid, 4, 32), "absmax", "gptq") for grid in ("nf4", "int"))
     more, less = (LayerWork(10, 64, replace(OPTIONS, quantizer=q), full=True) for q in (table, integers))

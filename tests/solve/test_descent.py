@@ -129,7 +129,7 @@ def rows_by_definition(W, codes, scale, grid, metric):
 @pytest.mark.parametrize("grid", [IntGrid(3, 16), AsymmetricIntGrid(3, 16), NF4Grid(4, 32)], ids=str)
 @pytest.mark.parametrize("outputs", ["decaying", "singular"])
 def test_rows_one_by_one_take_the_codes_of_their_definition(grid, outputs, monkeypatch):
-    monkeypatch.setattr("srr_dist.solve.descent._PARTS", 6)
+    monkeypatch.setattr("srr_dist.solve.descent.PARTS", 6)
     monkeypatch.setattr("srr_dist.solve.descent._MOST_PARTS", 6)
     W, metric = weight(6, 32), two_sided((6, 32), outputs)
     codes, scale = grid.quantize(W)
