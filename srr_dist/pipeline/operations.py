@@ -151,9 +151,9 @@ class LayerWork:
 
     def two_sided(self) -> Work:
         """The layer once more in the metric of its sketch, where errors go from output to output as well."""
-        m, n, quantizer = self.m, self.n, self.options.quantizer
+        m, n = self.m, self.n
         rounded = self.candidates()[1] + (self.options.iterations if self.rank else 0)
-        across = Work(products=m * m * n) + self._fed(quantizer) + (self.fit() if quantizer.fits else Work())
+        across = Work(products=m * m * n) + self._fed(self.options.quantizer)
         return self.solve(across=True) + factored(m) + factored(n) + across * rounded
 
     def tried(self) -> Work:

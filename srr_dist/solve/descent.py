@@ -26,34 +26,41 @@ _MOST_PARTS = 64
 """Where so few depend on each other too much."""
 
 
-def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
-    """Each code in turn at the best value beside all others, in the moment H damped as for feedback.
+def pulls(H: Tensor) -> Tensor:
+    """How far an error of input i moves the best value at j, ``H_ij / H_jj``, float32 ``[n, n]``.
+
+    H (float32 ``[n, n]``, of mean diagonal about 1) is damped as for feedback.
+    """
+    damped = H.clone()
+    damped.diagonal().add_(DAMPING)
+    return damped.div_(damped.diagonal().clone())
+
+
+def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, pull: Tensor) -> Tensor:
+    """Each code in turn at the best value beside all others.
 
     Args:
         W: float32 ``[m, n]``.
         codes: of the grid's type ``[m, n]``, where to begin.
         scale: bfloat16 ``[m, groups]``.
         grid: of the codes.
-        H: float32 ``[n, n]``, of mean diagonal about 1.
+        pull: ``pulls`` of the moment.
 
     Returns:
         As codes.
     """
-    damped = H.clone()
-    damped.diagonal().add_(DAMPING)
-    curvature = damped.diagonal().clone()
     size, zero = W.shape[1] // scale.shape[1], grid.zero(codes)
     Q = grid.dequantize(codes, scale).mT.contiguous()
-    target = (damped @ (W.mT - Q)).div_(curvature.unsqueeze(1)).add_(Q)
+    target = (pull.mT @ (W.mT - Q)).add_(Q)
     steps = scale.float().mT.repeat_interleave(size, dim=0)
     zeros = None if zero is None else zero.mT.repeat_interleave(size, dim=0)
-    return sweep(Q, target, steps, zeros, damped.div_(curvature), grid).mT.contiguous()
+    return sweep(Q, target, steps, zeros, pull, grid).mT.contiguous()
 
 
 def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
     """Each group's scale in turn at the best value beside all others, where that lowers the error as it is stored.
 
-    Arguments as for ``descend_codes``; returns bfloat16 ``[m, groups]``.
+    Arguments as for ``descend_codes``, with the moment H itself, as is; returns bfloat16 ``[m, groups]``.
     """
     error, found = W - grid.dequantize(codes, scale), scale.clone()
     size = W.shape[1] // scale.shape[1]
@@ -86,7 +93,7 @@ def descend_across(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, metric: 
         As codes; their error is not larger.
     """
     assert metric.outputs is not None
-    H_O, codes = metric.outputs.damped, codes.clone()
+    H_O, pull, codes = metric.outputs.damped, pulls(metric.H), codes.clone()
     error = W - grid.dequantize(codes, scale)
     parts = [(first, PARTS) for first in reversed(range(min(PARTS, len(W))))]
     with one_thread():
@@ -96,7 +103,7 @@ def descend_across(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, metric: 
             own = H_O[rows]
             across = own @ error
             target = W[rows] + across / own[:, rows].diagonal().unsqueeze(1) - error[rows]
-            found = descend_codes(target, codes[rows], scale[rows], grid, metric.H)
+            found = descend_codes(target, codes[rows], scale[rows], grid, pull)
             left = W[rows] - grid.dequantize(found, scale[rows])
             change = left - error[rows]
             slope = metric.right(change)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from srr_dist.solve.descent import descend_across, descend_codes, descend_scales
+from srr_dist.solve.descent import descend_across, descend_codes, descend_scales, pulls
 from srr_dist.solve.grids import Grid
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.rounding import gptq
@@ -23,8 +23,7 @@ class Quantizer:
 
     Attributes:
         grid: the values there are.
-        scales: ``absmax`` (the grid's own) or ``search`` (least error, each input weighted by its moment; where outputs
-            depend on each other, then fitted to the codes).
+        scales: ``absmax`` (the grid's own) or ``search`` (least error, each input weighted by its moment).
         rounding: ``nearest``, ``gptq`` (each input's error is made up for by the inputs after it) or ``yaqa`` (and each
             output's by the outputs after it, where the metric has an output side). Under a diagonal moment errors of
             different inputs cannot make up for each other, nor those of different outputs without a full output side:
@@ -44,8 +43,7 @@ class Quantizer:
         scale, zero = self._scales(W, metric)
         if self._crosses(metric):
             assert metric.outputs is not None
-            codes = yaqa(W, scale, self.grid, metric.feedback, metric.outputs.feedback, zero)
-            return codes, self._fitted(W, codes, scale, metric)
+            return yaqa(W, scale, self.grid, metric.feedback, metric.outputs.feedback, zero), scale
         if self._feeds_back(metric):
             return gptq(W, scale, self.grid, metric.feedback, zero), scale
         return self.grid.encode(W, scale, zero), scale
@@ -59,14 +57,11 @@ class Quantizer:
         """Better codes, and scales if they may be chosen, from given ones, in a metric whose input side is full."""
         if self._crosses(metric):
             codes = descend_across(W, codes, scale, self.grid, metric)
-            return codes, self._fitted(W, codes, scale, metric)
-        codes = descend_codes(W, codes, scale, self.grid, metric.H)
+            return codes, fit_scales(W, codes, scale, self.grid, metric) if self.fits else scale
+        codes = descend_codes(W, codes, scale, self.grid, pulls(metric.H))
         if self.fits:
             scale = descend_scales(W, codes, scale, self.grid, metric.H)
         return codes, scale
-
-    def _fitted(self, W: Tensor, codes: Tensor, scale: Tensor, metric: Metric) -> Tensor:
-        return fit_scales(W, codes, scale, self.grid, metric) if self.fits else scale
 
     @property
     def fits(self) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, NF4Grid, Quantizer
-from srr_dist.solve.descent import descend_across, descend_codes, descend_scales
+from srr_dist.solve.descent import descend_across, descend_codes, descend_scales, pulls
 from srr_dist.solve.grids import PER_CHANNEL
 from srr_dist.solve.rounding import DAMPING
 from tests.solve.problems import bounds, moment, objective, sides, two_sided, weighed, weight, with_threads
@@ -40,7 +40,7 @@ def descent_by_definition(W, codes, scale, grid, H):
 def test_descent_takes_the_codes_of_its_definition(grid, kind, shape):
     W, H = weight(*shape), moment(kind, shape[1])
     start, scale = grid.quantize(W)
-    codes = descend_codes(W, start, scale, grid, Metric.of(H).H)
+    codes = descend_codes(W, start, scale, grid, pulls(Metric.of(H).H))
     expected, margins = descent_by_definition(W, start, scale, grid, H)
     # Where a target lies on the edge between two codes, float32 may take the other one and the rest of its row follows.
     sure = (margins > 1e-3).cumprod(dim=1).bool()
@@ -64,7 +64,7 @@ def test_each_descent_lowers_the_error_until_nothing_moves(grid, kind):
     codes, scale = Quantizer(grid, rounding="gptq").quantize(W, metric)
     errors = [damped_objective(W, codes, scale, grid, metric)]
     for _ in range(30):
-        codes = descend_codes(W, codes, scale, grid, metric.H)
+        codes = descend_codes(W, codes, scale, grid, pulls(metric.H))
         errors.append(damped_objective(W, codes, scale, grid, metric))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     assert errors[1] < errors[0]
@@ -168,7 +168,7 @@ def test_outputs_that_do_not_depend_on_each_other_descend_as_each_by_itself():
     W, grid = weight(48, 96), IntGrid(3, 16)
     metric = two_sided((48, 96)).inputs
     codes, scale = grid.quantize(W)
-    apart = descend_codes(W, codes, scale, grid, metric.H)
+    apart = descend_codes(W, codes, scale, grid, pulls(metric.H))
     across = descend_across(W, codes, scale, grid, metric.beside(Metric.of(torch.eye(48))))
     assert (apart == across).float().mean() > 0.99
     assert not torch.equal(apart, codes)
