@@ -185,7 +185,8 @@ class LayerWork:
     def descent(self, *, across: bool = False) -> Work:
         """Codes and scales one after the other beside the adapter, and the adapter beside the codes."""
         m, n, quantizer = self.m, self.n, self.options.quantizer
-        work = self._beside() + Work(products=3 * m * n * n, elementwise=m * n * _RESIDUAL_BYTES) + self._fed(quantizer)
+        work = self._beside(across=across) + self._fed(quantizer)
+        work += Work(products=3 * m * n * n, elementwise=m * n * _RESIDUAL_BYTES)
         if across:  # what other rows add to a part's targets, and how the error changes
             work += Work(products=2 * m * n * n + (2 + 2 / PARTS) * m * m * n, calls=(PARTS - 1) * n * _FEEDBACK_CALLS)
         if quantizer.fits:
@@ -198,13 +199,14 @@ class LayerWork:
         step = Work(products=2 * m * n * (m + n), elementwise=m * n * _FIT_BYTES)
         return step * (FIT_STEPS + 1) + (self.energy() + Work(products=m * m * n)) * 2
 
-    def _beside(self) -> Work:
-        """What the adapter leaves, and the metric in which it is quantized."""
+    def _beside(self, *, across: bool = False) -> Work:
+        """What the adapter leaves, and the metric in which it is quantized; ``across``: beyond L as well as R."""
         m, n, r = self.m, self.n, self.rank
         work = Work(narrow=2 * m * n * r)
         if not (r and self.full and self.options.rounding_metric == "downdated"):
             return work
-        return work + self._with_moment(r) + Work(thin=2 * n * n * r + 2 * n * r * r, elementwise=40 * n * n)
+        work += self._with_moment(r) + _downdated(n, r)
+        return work + Work(narrow=2 * m * m * r) + _downdated(m, r) + factored(m) if across else work
 
     def rounding(self, quantizer: Quantizer) -> Work:
         """Scales, codes, and their difference from the weight."""
@@ -249,6 +251,11 @@ def metric(n: int, blocks: Iterable[int], options: SolveOptions, *, full: bool) 
         product += once + Work(draws=n * b) + krylov(n, b, START_STEPS, once)
     feedback = options.quantizer.rounding != "nearest"
     return Work(elementwise=34 * n * n) + product + (factored(n) if feedback else Work())
+
+
+def _downdated(n: int, rank: int) -> Work:
+    """A moment less what an adapter holds of it."""
+    return Work(thin=2 * n * n * rank + 2 * n * rank * rank, elementwise=40 * n * n)
 
 
 def factored(n: int) -> Work:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from srr_dist.solve import Metric
-from tests.solve.problems import MOMENTS, full, moment, normal, objective, weight, with_threads
+from tests.solve.problems import MOMENTS, moment, normal, objective, sides, two_sided, weight, with_threads
 
 
 def least(E, R, H):
@@ -53,11 +53,10 @@ def test_metric_beyond_an_adapter_is_bitwise_the_same_again_and_for_any_threads(
         assert torch.equal(first.H, again.H) and first.unit == again.unit
 
 
-def two_sided(kind, m=48, n=64):
-    """A metric with an output side, and both moments as it weighs them: float64, damped, in units of the objective."""
-    metric = Metric.of(moment("decaying", n)).beside(Metric.of(moment(kind, m, seed=5)))
-    H_O = full(metric.outputs.H.double()) + metric.outputs.damping * torch.eye(m, dtype=torch.float64)
-    return metric, metric.unit * H_O, metric.H.double()
+def having(kind, m=48, n=64):
+    """A metric with an output side, and both moments as it weighs them."""
+    metric = two_sided((m, n), kind)
+    return metric, *sides(metric)
 
 
 def weighed(E, H_O, H_I):
@@ -67,7 +66,7 @@ def weighed(E, H_O, H_I):
 
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_energy_with_an_output_side_is_the_trace_with_both_moments(kind):
-    E, (metric, H_O, H_I) = weight(48, 64), two_sided(kind)
+    E, (metric, H_O, H_I) = weight(48, 64), having(kind)
     assert metric.unit * metric.energy(E) == pytest.approx(weighed(E, H_O, H_I), rel=1e-5)
     assert metric.unit * metric.inputs.energy(metric.whitened(E)) == pytest.approx(weighed(E, H_O, H_I), rel=1e-5)
     assert metric.separate == (kind == "diagonal") and metric.inputs.separate
@@ -77,7 +76,7 @@ def test_energy_with_an_output_side_is_the_trace_with_both_moments(kind):
 @pytest.mark.parametrize("kind", MOMENTS)
 @pytest.mark.parametrize("left", [1.0, 1e-4])
 def test_remainder_with_an_output_side_is_the_energy_of_the_difference(kind, left):
-    metric, H_O, H_I = two_sided(kind)
+    metric, H_O, H_I = having(kind)
     L, R = normal(48, 6).float(), normal(6, 64, seed=1).float()
     E = L @ R + left * weight(48, 64)
     expected, total = (weighed(X, H_O, H_I) for X in (E.double() - L.double() @ R.double(), E))
@@ -87,7 +86,7 @@ def test_remainder_with_an_output_side_is_the_energy_of_the_difference(kind, lef
 
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_unwhitened_factors_are_the_same_approximation_of_the_rows_themselves(kind):
-    metric, _, _ = two_sided(kind)
+    metric, _, _ = having(kind)
     U, R = torch.linalg.qr(normal(48, 6))[0].float(), normal(6, 64, seed=1).float()
     L, scaled = metric.unwhitened(U, R)
     torch.testing.assert_close(L.norm(dim=0), torch.ones(6), rtol=1e-5, atol=0)
@@ -99,7 +98,7 @@ def test_unwhitened_factors_are_the_same_approximation_of_the_rows_themselves(ki
 @pytest.mark.parametrize("kind", ["decaying", "diagonal", "wide"])
 def test_error_beyond_an_adapter_keeps_the_output_side(kind):
     """The best columns for given rows, by least squares over all entries in the metric of both sides."""
-    (metric, H_O, H_I), E, R = two_sided(kind, 12, 24), weight(12, 24), normal(3, 24).float()
+    (metric, H_O, H_I), E, R = having(kind, 12, 24), weight(12, 24), normal(3, 24).float()
     C_O, C_I = torch.linalg.cholesky(H_O), torch.linalg.cholesky(H_I)
     columns = torch.kron(C_O.mT.contiguous(), (R.double() @ C_I).mT.contiguous())
     wanted = (C_O.mT @ E.double() @ C_I).flatten()
@@ -126,3 +125,20 @@ def test_outputs_that_reach_nothing_count_alike_and_cost_nothing():
     metric = Metric.of(moment("decaying", 64)).beside(Metric.of(torch.zeros(48, 48)))
     assert metric.unit == 0.0 and metric.separate
     assert metric.energy(weight(48, 64)) == pytest.approx(1.01 * metric.inputs.energy(weight(48, 64)), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["decaying", "wide", "massive", "diagonal"])
+def test_slopes_in_both_moments_are_those_of_float64(kind):
+    metric, H_O, H_I = having(kind)
+    E = weight(48, 64)
+    expected = H_O @ E.double() @ H_I / metric.unit
+    torch.testing.assert_close(metric.both(E).double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(metric.inputs.both(E), metric.right(E))
+
+
+def test_damped_moment_is_the_one_that_feedback_factors():
+    metric = Metric.of(moment("singular", 64))
+    U, D = metric.feedback.U.double(), metric.feedback.D.double()
+    order = metric.feedback.order
+    torch.testing.assert_close(metric.damped[order][:, order].double(), U * D @ U.mT, rtol=1e-4, atol=1e-5)
+    assert float((metric.damped - metric.H).diagonal().mean()) == pytest.approx(metric.damping, rel=1e-4)
