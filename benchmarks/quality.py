@@ -36,6 +36,7 @@ from torch import Tensor
 from srr_dist.calibration import first_token_weight
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import build_graph
+from srr_dist.checkpoint.rotation import rotated
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
 
@@ -54,6 +55,8 @@ def calibration_ids(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Te
 
 def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     checkpoint = open_checkpoint(arguments.model)
+    if arguments.incoherence:
+        checkpoint = rotated(checkpoint, arguments.seed)
     graph = build_graph(checkpoint)
     text = evaluation_tokens(
         arguments.text,
@@ -104,6 +107,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--incoherence", action="store_true", help="rotate the weights first")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--num-samples", type=int, default=64)

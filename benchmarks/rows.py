@@ -22,6 +22,7 @@ from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline.comparison import Comparison, compare
 from srr_dist.pipeline.tuning import loaded_block_error
+from srr_dist.seeds import layer_seed
 from srr_dist.solve import (
     Grid,
     LayerSolution,
@@ -30,7 +31,6 @@ from srr_dist.solve import (
     SolveOptions,
     Stored,
     TuneOptions,
-    layer_seed,
     make_grid,
     solve_layer,
     tune,

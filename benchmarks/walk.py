@@ -23,7 +23,7 @@ from srr_dist.calibration.head import head_gradient
 from srr_dist.calibration.sketches import HeldOut, Sketch
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, BlockGraph
-from srr_dist.solve import layer_seed
+from srr_dist.seeds import layer_seed
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from srr_dist.calibration import first_token_weight
 from srr_dist.calibration.sketches import HeldOut
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, BlockGraph, build_graph
+from srr_dist.checkpoint.rotation import rotated
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
 from srr_dist.solve import (
@@ -147,6 +148,8 @@ def compare_rows(checkpoint: Checkpoint, graph: BlockGraph, text: Tensor, rows: 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     checkpoint = open_checkpoint(arguments.model)
+    if arguments.incoherence:
+        checkpoint = rotated(checkpoint, arguments.seed)
     graph, vocabulary = build_graph(checkpoint), checkpoint.config.get_text_config().vocab_size
     most = max(arguments.sequences)
     ids = calibration_tokens(
@@ -185,6 +188,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--incoherence", action="store_true", help="rotate the weights first")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1024], help="fewer than the most: one width alone")

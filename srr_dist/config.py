@@ -75,6 +75,9 @@ class QuantizeConfig:
         choices=ROUNDING_METRICS,
     )
     shrinkage: float = option(0.1, "share of the input moment's mean diagonal that is added to its diagonal")
+    incoherence: bool = option(
+        False, "rotate weights first, the residual stream and the values of heads, so that no entry stands out"
+    )
     tune_steps: int = option(0, "gradient steps that tune codes, scales and adapters against each block's output")
     tune_batch: int = option(4, "calibration sequences of such a step")
     sketch: str = option(

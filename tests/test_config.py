@@ -68,6 +68,7 @@ REFUSED = [
     ("max_bad_rows", -0.1, "a share from 0 to 1"),
     ("max_bad_rows", 1.1, "a share from 0 to 1"),
     ("max_bad_rows", float("nan"), "a share from 0 to 1"),
+    ("incoherence", "yes", "a value of type bool"),
     ("output", "", "a location (--output)"),
     ("export", "gguf", "one of compressed, dense"),
     ("workers", -1, "0 or more"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from srr_dist.calibration.adapted import attach_adapters
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import build_graph
+from srr_dist.checkpoint.rotation import as_in
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import evaluation_tokens
 from srr_dist.config import JobConfig
@@ -134,7 +135,7 @@ def evaluate(config: EvaluationConfig, job: JobConfig) -> dict[str, Any]:
         SrrError: the model or the text cannot be read.
     """
     quantized = QuantizedModel.open(config.quantized)
-    checkpoint = open_checkpoint(config.model, revision=config.revision)
+    checkpoint = as_in(open_checkpoint(config.model, revision=config.revision), quantized.config_json)
     graph = build_graph(checkpoint)
     _refuse_another_model(quantized, checkpoint, len(graph.blocks))
     check_positions(checkpoint, config.seq_len)

@@ -22,7 +22,7 @@ from srr_dist.pipeline.failures import blame
 from srr_dist.pipeline.run import Run, unit_name
 from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.pipeline.statistics import Statistics
-from srr_dist.solve import layer_seed
+from srr_dist.seeds import layer_seed
 
 _HELD_OUT = "held-out"
 

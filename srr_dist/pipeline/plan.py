@@ -59,7 +59,7 @@ class Plan:
             f"blocks         {len(run.graph.blocks)}, with {len(run.quantized)} linear layers to quantize"
             + (f" and {len(run.unquantized)} left as they are" if run.unquantized else ""),
             f"quantizer      {config.grid} {config.bits} bits, group {config.group_size}, {config.scales} scales, "
-            f"{config.rounding} rounding",
+            f"{config.rounding} rounding" + (", rotated weights" if config.incoherence else ""),
             f"method         {config.method}, rank {config.rank}, split {config.split}, {config.form} form, "
             f"{config.iterations} iterations and {config.descent} of descent in the {config.rounding_metric} metric, "
             f"{config.scaling} scaling, shrinkage {config.shrinkage:g}, {config.tune_steps} tuning steps",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from srr_dist.checkpoint.graph import BlockGraph, build_graph
+from srr_dist.checkpoint.rotation import rotated
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens
 from srr_dist.config import QuantizeConfig
@@ -50,6 +51,8 @@ def open_sources(config: QuantizeConfig) -> Sources:
     """
     grid = make_grid(config.grid, config.bits, config.group_size)
     checkpoint = open_checkpoint(config.model, revision=config.revision)
+    if config.incoherence:
+        checkpoint = rotated(checkpoint, config.seed)
     graph = build_graph(checkpoint)
     unquantized = leave_unquantized(graph, config, grid)
     if config.sketch and config.num_samples < FEW_SEQUENCES:

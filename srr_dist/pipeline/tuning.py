@@ -14,7 +14,8 @@ from srr_dist.checkpoint.graph import Block
 from srr_dist.pipeline.collecting import KeptStates
 from srr_dist.pipeline.run import Run
 from srr_dist.pipeline.solving import BlockSolver
-from srr_dist.solve import LayerSolution, Tuned, TuneOptions, layer_seed, tune
+from srr_dist.seeds import layer_seed
+from srr_dist.solve import LayerSolution, Tuned, TuneOptions, tune
 
 
 @dataclass(frozen=True)

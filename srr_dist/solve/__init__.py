@@ -21,7 +21,6 @@ from srr_dist.solve.layer import LayerSolution, Stored, remeasured, solve_layer
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.problem import SolveOptions
 from srr_dist.solve.quantizer import Quantizer
-from srr_dist.solve.split import layer_seed
 from srr_dist.solve.tuning import BlockError, Tuned, TuneOptions, tune
 
 __all__ = [
@@ -43,7 +42,6 @@ __all__ = [
     "Tuned",
     "gate",
     "kronecker_cosine",
-    "layer_seed",
     "make_grid",
     "remeasured",
     "second_order",

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from srr_dist.seeds import layer_seed
 from srr_dist.solve.lowrank import Subspace, block_size, leading_subspace, principal, start_directions
 from srr_dist.solve.metric import Metric, less
 from srr_dist.solve.quantizer import Quantizer
-from srr_dist.solve.split import criterion_split, layer_seed, random_subspace
+from srr_dist.solve.split import criterion_split, random_subspace
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,11 @@ structure-first (LQ-LoRA, SVDQuant).
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from srr_dist.solve.lowrank import Subspace, leading_subspace, uniform
 from srr_dist.solve.metric import Metric
-
-
-def layer_seed(seed: int, layer: str) -> int:
-    """The seed of a layer's random numbers: from the run's seed and the layer's name, never from the order of work."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{layer}".encode()).digest()[:8], "big") >> 1
 
 
 def random_subspace(m: int, metric: Metric, rank: int, directions: Tensor, seed: int) -> Subspace:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from srr_dist import evaluate as verb
-from srr_dist import verify
+from srr_dist import quantize, verify
 from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import evaluation_tokens
 from srr_dist.export import add_evaluation
@@ -122,6 +122,17 @@ def test_second_evaluation_on_the_same_text_replaces_the_first(evaluated, tmp_pa
     add_evaluation(ObjectStore(str(output)), other)
     found = json.loads((output / "report.json").read_text())["evaluations"]
     assert sorted(each["kl"] for each in found) == sorted([again["kl"], other["kl"]])
+
+
+def test_rotated_output_is_compared_in_the_same_basis_and_loads(job, evaluated, tmp_path):
+    output = tmp_path / "rotated"
+    assert quantize.main(job.flags(output, incoherence=True)) == 0
+    assert verb.main(options(job, output, no_record=True, json=tmp_path / "figures.json")) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {name: figures[name] for name in MEASURED} == pytest.approx(reference(job, output), rel=1e-3)
+    assert figures["perplexity_original"] == pytest.approx(evaluated.unrecorded["perplexity_original"], rel=1e-4)
+    assert figures["kl"] != pytest.approx(evaluated.unrecorded["kl"], rel=1e-3)
+    assert verify.main([str(output)]) == 0
 
 
 def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:

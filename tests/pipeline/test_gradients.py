@@ -27,7 +27,8 @@ from srr_dist.pipeline.stage_plan import stage_plans
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.windows import Window, next_window_back
 from srr_dist.pipeline.work import WindowWork
-from srr_dist.solve import layer_seed, second_order
+from srr_dist.seeds import layer_seed
+from srr_dist.solve import second_order
 from srr_dist.store import ObjectStore, RunArea
 from srr_dist.store.events import read_events
 from tests.conftest import Job

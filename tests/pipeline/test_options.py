@@ -46,6 +46,7 @@ CHANGES: list[dict[str, Any]] = [
     {"group_size": -1},
     {"scales": "search"},
     {"rounding": "nearest"},
+    {"incoherence": True},
     {"rank": 5},
     {"split": "search"},
     {"split": "criterion"},

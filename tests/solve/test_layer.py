@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srr_dist.errors import ConfigError
+from srr_dist.seeds import layer_seed
 from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, Quantizer, SolveOptions, solve_layer
-from srr_dist.solve.split import coarse_candidates, layer_seed
+from srr_dist.solve.split import coarse_candidates
 from tests.solve.problems import MOMENTS, best_objective, full, moment, normal, objective, weight, with_threads
 
 GRID = MXIntGrid(3, 16)
