@@ -208,6 +208,7 @@ CHANGES = {
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2, "sketch": "B", "first_token_share": 0.1,
+    "incoherence": True,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -256,7 +257,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "c227b9bff64a2858bc9e4948f26109c3e59a75f462dd5c8820752f87be14ef9e"
+    assert fingerprint() == "a1f8659ea755eb97ed6aba89957d871d1d190c007d750c932942cc82ac4280aa"
 
 
 def test_canonical_json_is_one_byte_string():
