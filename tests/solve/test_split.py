@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srr_dist.seeds import layer_seed
 from srr_dist.solve.lowrank import Subspace, leading_subspace, start_directions, uniform
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.split import (
     coarse_candidates,
     criterion_split,
     energy_split,
-    layer_seed,
     random_subspace,
     refined_candidates,
 )
