@@ -188,7 +188,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--incoherence", action="store_true", help="rotate the weights first")
+    parser.add_argument("--incoherence", action="store_true", help="rotate first; wants a --folder of its own")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1024], help="fewer than the most: one width alone")
