@@ -21,12 +21,13 @@ import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from srr_dist.checkpoint.skeleton import build_skeleton, decoder_blocks, names_outside
+from srr_dist.checkpoint.skeleton import build_skeleton, decoder_blocks
 from srr_dist.checkpoint.source import Checkpoint
 from srr_dist.errors import CheckpointError
 from srr_dist.seeds import layer_seed
@@ -50,7 +51,6 @@ _AS_THEY_ARE = {
     *(f"mlp.{name}.bias" for name in ("gate_proj", "up_proj", "gate_up_proj")),
 }
 _KNOWN = {*_READERS, *_READERS.values(), *_WRITERS, *_VALUES, *_AS_THEY_ARE}
-
 
 _STRIP = 2**22
 """Entries that are rotated at once, in float32 or wider."""
@@ -87,6 +87,7 @@ class Rotation:
             return (C.mT @ parts).reshape(len(X), -1) / math.sqrt(power)
 
 
+@cache
 def _cosines(size: int) -> Tensor:
     """The orthonormal discrete cosine transform (DCT-II), float64 ``[size, size]``."""
     rows = [[math.cos(math.pi * k * (2 * i + 1) / (2 * size)) for k in range(size)] for i in range(size)]
@@ -94,7 +95,7 @@ def _cosines(size: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64) * torch.tensor(scale, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RotatedCheckpoint(Checkpoint):
     """A checkpoint that is read rotated.
 
@@ -105,32 +106,37 @@ class RotatedCheckpoint(Checkpoint):
         seed: of the rotations.
     """
 
-    source: Checkpoint | None = None
-    blocks: tuple[str, ...] = ()
-    head_dim: int = 0
-    seed: int = 0
+    source: Checkpoint
+    blocks: tuple[str, ...]
+    head_dim: int
+    seed: int
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, as they are once both rotations are folded in; raises as ``Checkpoint.read``."""
-        assert self.source is not None
-        wanted = list(names)
-        found = self.source.read(sorted({source for name in wanted for source in self._made_from(name)}))
-        tensors = {}
+        wanted, tensors = list(names), dict[str, Tensor]()
+        found = self.source.read(self._sources(wanted))
         for name in wanted:
             tensors[name] = self._folded(name, found)
             if name in found and found[name].dim() > 1 and name != self._head:  # others may be made from it
                 del found[name]
         return tensors
 
+    def check(self, names: Iterable[str]) -> None:
+        """As ``Checkpoint.check``, of what the named tensors are made from; nothing is rotated for it."""
+        self.source.check(self._sources(names))
+
+    def _sources(self, names: Iterable[str]) -> list[str]:
+        return sorted({source for name in names for source in self._made_from(name)})
+
     def _made_from(self, name: str) -> list[str]:
         """Names of what a tensor is made from in the source."""
-        block, leaf = self._place(name)
+        block, leaf = _place(name, self.blocks)
         if name == _HEAD:
             return [self._head, _NORM]
         return [name, f"{block}.{_READERS[leaf]}"] if leaf in _READERS else [name]
 
     def _folded(self, name: str, found: Mapping[str, Tensor]) -> Tensor:
-        block, leaf = self._place(name)
+        block, leaf = _place(name, self.blocks)
         if name == _HEAD:
             return self._stream.apply(found[self._head], found[_NORM])
         W = found[name]
@@ -149,16 +155,8 @@ class RotatedCheckpoint(Checkpoint):
             W = self._stream.apply(W.mT).mT.contiguous() if W.dim() == 2 else self._stream.apply(W)
         return W
 
-    def _place(self, name: str) -> tuple[str, str]:
-        """The block that a tensor is in, and its name there; "" outside the blocks."""
-        for block in self.blocks:
-            if name.startswith(f"{block}."):
-                return block, name.removeprefix(f"{block}.")
-        return "", ""
-
     @property
     def _head(self) -> str:
-        assert self.source is not None
         return _HEAD if _HEAD in self.source.tensors else _EMBEDDING
 
     @property
@@ -181,13 +179,9 @@ def rotated(checkpoint: Checkpoint, seed: int) -> RotatedCheckpoint:
     if config.get_text_config() is not config:
         raise _refusal(checkpoint, "its configuration is that of a multimodal parent")
     expected = {_EMBEDDING, _NORM, _HEAD}
-    outside = set(names_outside(checkpoint.tensors, blocks))
-    inside = {
-        name: name.removeprefix(f"{block}.")
-        for block in blocks
-        for name in checkpoint.tensors
-        if name.startswith(f"{block}.")
-    }
+    places = {name: _place(name, blocks) for name in checkpoint.tensors}
+    outside = {name for name, (block, _) in places.items() if not block}
+    inside = {name: leaf for name, (block, leaf) in places.items() if block}
     if strange := sorted((outside - expected) | {name for name, leaf in inside.items() if leaf not in _KNOWN}):
         raise _refusal(checkpoint, f"it has {strange[0]}, which they are not known to pass")
     if missing := sorted(({_EMBEDDING, _NORM} - outside) | ({_ATTENTION, _MLP} - set(inside.values()))):
@@ -217,6 +211,14 @@ def as_in(checkpoint: Checkpoint, config_json: str) -> Checkpoint:
     """A checkpoint, rotated as what was made from it and says so in its config.json (text)."""
     seed = json.loads(config_json).get(CONFIG_KEY)
     return checkpoint if seed is None else rotated(checkpoint, seed)
+
+
+def _place(name: str, blocks: Iterable[str]) -> tuple[str, str]:
+    """The block that a tensor is in, and its name there; "" outside the blocks."""
+    for block in blocks:
+        if name.startswith(f"{block}."):
+            return block, name.removeprefix(f"{block}.")
+    return "", ""
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:

@@ -84,6 +84,10 @@ class Checkpoint:
             tensors[entry.name] = tensor
         return tensors
 
+    def check(self, names: Iterable[str]) -> None:
+        """Read the named tensors only to find out whether they can be; raises as ``read``."""
+        self.read(names)
+
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
             raise CheckpointError(f"{self.model}: holds no tensor {name}")

@@ -96,9 +96,9 @@ def scan_weights(checkpoint: Checkpoint, graph: BlockGraph) -> None:
     """
     if checkpoint.total_bytes <= SCAN_BYTES:
         for block in graph.blocks:
-            checkpoint.read(block.tensors)
+            checkpoint.check(block.tensors)
             release_memory()
-        checkpoint.read(graph.rest)
+        checkpoint.check(graph.rest)
 
 
 def forward_dtype(name: str, checkpoint: Checkpoint, *, on_gpu: bool) -> torch.dtype:

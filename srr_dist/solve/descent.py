@@ -1,7 +1,7 @@
 """From given codes to better ones: each in turn at the best value beside all others.
 
 Where error feedback looks only ahead, descent looks both ways: ``q_j ← round(q_j + (δ H)_j / H_jj)`` (QuantEase, arXiv
-2309.01885, does so for codes), and each group's scale likewise.
+2309.01885).
 
 With an output side, ``tr(H_O Δ H Δᵀ)``, the best value of a row beside all other rows is the one of that row by itself
 for a target moved by ``Σ_{k≠i} H_O,ik δ_k / H_O,ii``. Rows of which every eighth is taken depend little on each other,
@@ -11,7 +11,6 @@ other.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from srr_dist.solve.grids import Grid
@@ -55,26 +54,6 @@ def descend_codes(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, pull: Ten
     steps = scale.float().mT.repeat_interleave(size, dim=0)
     zeros = None if zero is None else zero.mT.repeat_interleave(size, dim=0)
     return sweep(Q, target, steps, zeros, pull, grid).mT.contiguous()
-
-
-def descend_scales(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, H: Tensor) -> Tensor:
-    """Each group's scale in turn at the best value beside all others, where that lowers the error as it is stored.
-
-    Arguments as for ``descend_codes``, with the moment H itself, as is; returns bfloat16 ``[m, groups]``.
-    """
-    error, found = W - grid.dequantize(codes, scale), scale.clone()
-    size = W.shape[1] // scale.shape[1]
-    for group in range(scale.shape[1]):
-        inputs = slice(group * size, (group + 1) * size)
-        own, old = grid.points(codes[:, inputs]), scale[:, group]
-        curvature = (own @ H[inputs, inputs]).mul_(own).sum(-1)
-        slope = (error @ H[:, inputs]).mul_(own).sum(-1)
-        new = (old.float() + slope / curvature).bfloat16()  # codes of zeros give 0 / 0, which is not better
-        change = new.float() - old.float()
-        better = (change * (2.0 * slope - change * curvature) > 0) & (new != 0)
-        found[:, group] = torch.where(better, new, old)
-        error[:, inputs] = W[:, inputs] - grid.dequantize(codes[:, inputs], found[:, group : group + 1])
-    return found
 
 
 def descend_across(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, metric: Metric) -> Tensor:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from srr_dist.solve.descent import descend_across, descend_codes, descend_scales, pulls
+from srr_dist.solve.descent import descend_across, descend_codes, pulls
 from srr_dist.solve.grids import Grid
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.rounding import gptq
-from srr_dist.solve.scales import fit_scales, search_scales
+from srr_dist.solve.scales import descend_scales, fit_scales, search_scales
 from srr_dist.solve.wavefront import yaqa
 
 
@@ -60,7 +60,7 @@ class Quantizer:
             return codes, fit_scales(W, codes, scale, self.grid, metric) if self.fits else scale
         codes = descend_codes(W, codes, scale, self.grid, pulls(metric.H))
         if self.fits:
-            scale = descend_scales(W, codes, scale, self.grid, metric.H)
+            scale = descend_scales(W, codes, scale, self.grid, metric)
         return codes, scale
 
     @property

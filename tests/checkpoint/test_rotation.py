@@ -137,6 +137,24 @@ def test_seed_changes_weights_and_identity_and_stands_in_the_configuration(tmp_p
     assert as_in(source, source.config_json) is source
 
 
+def test_checking_reads_what_tensors_are_made_from_and_rotates_nothing(tmp_path, monkeypatch):
+    source = open_checkpoint(str(build("llama-tied", tmp_path)))
+    turned, read = rotated(source, 0), []
+    monkeypatch.setattr(Rotation, "apply", lambda *_: pytest.fail("rotated"))
+    plain = type(source).read
+
+    def noting(checkpoint, names):
+        read.extend(names)
+        return plain(checkpoint, names)
+
+    monkeypatch.setattr(type(source), "read", noting)
+    turned.check(["lm_head.weight", "model.layers.0.mlp.up_proj.weight"])
+    assert set(read) == {
+        "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+    }  # fmt: skip
+
+
 def test_what_is_damaged_is_named_as_it_was(tmp_path):
     turned = rotated(open_checkpoint(str(build("llama", tmp_path))), 0)
     broken = replace(turned, source=replace(turned.source, tensors={}))

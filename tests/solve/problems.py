@@ -8,12 +8,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from srr_dist.solve import Grid, Metric
+from srr_dist.solve import AsymmetricIntGrid, Grid, IntGrid, Metric, MXIntGrid, NF4Grid
+from srr_dist.solve.grids import PER_CHANNEL
 
 T = TypeVar("T")
 
 MOMENTS = ("white", "decaying", "diagonal", "singular", "wide", "massive")
 SHAPES = ((48, 64), (64, 48), (160, 32), (32, 160), (1, 64), (96, 96))
+GRIDS = [
+    MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, 8), MXIntGrid(4, 32), IntGrid(4, PER_CHANNEL),
+    AsymmetricIntGrid(3, 16), AsymmetricIntGrid(2, 8), AsymmetricIntGrid(8, PER_CHANNEL), NF4Grid(4, 32),
+]  # fmt: skip
+CORRELATED = ["decaying", "singular", "massive", "wide"]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -75,6 +81,11 @@ def weighed(E: Tensor, metric: Metric) -> float:
     """``tr(H_O E H_I Eᵀ)`` by its definition, in float64."""
     H_O, H_I = sides(metric)
     return float(torch.trace(H_O @ E.double() @ H_I @ E.double().mT))
+
+
+def own(grid: Grid, W: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The grid's own scales and zero points."""
+    return next(grid.candidates(W))
 
 
 def bounds(grid: Grid, zero: Tensor | None, W: Tensor, scale: Tensor) -> list[Tensor]:

@@ -5,21 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, NF4Grid, Quantizer
-from srr_dist.solve.grids import PER_CHANNEL
+from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, MXIntGrid, Quantizer
 from srr_dist.solve.rounding import DAMPING, feedback_of, gptq
-from tests.solve.problems import bounds, moment, objective, weight, with_threads
-
-GRIDS = [
-    MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, 8), MXIntGrid(4, 32), IntGrid(4, PER_CHANNEL),
-    AsymmetricIntGrid(3, 16), AsymmetricIntGrid(2, 8), AsymmetricIntGrid(8, PER_CHANNEL), NF4Grid(4, 32),
-]  # fmt: skip
-CORRELATED = ["decaying", "singular", "massive", "wide"]
-
-
-def own(grid, W):
-    """The grid's own scales and zero points."""
-    return next(grid.candidates(W))
+from tests.solve.problems import (
+    CORRELATED,
+    GRIDS,
+    bounds,
+    moment,
+    objective,
+    own,
+    weight,
+    with_threads,
+)
 
 
 def gptq_by_definition(W, scale, zero, grid, H):

@@ -5,24 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srr_dist.solve import AsymmetricIntGrid, IntGrid, MXIntGrid, NF4Grid, make_grid
+from srr_dist.solve import AsymmetricIntGrid, IntGrid, Metric, NF4Grid, Quantizer, make_grid
 from srr_dist.solve.grids import PER_CHANNEL
-from srr_dist.solve.scales import fit_scales, search_scales
-from tests.solve.problems import normal, sides, two_sided, weighed, weight, with_threads
-
-GRIDS = [
-    MXIntGrid(3, 16), IntGrid(3, 16), IntGrid(2, 8), MXIntGrid(4, 32), IntGrid(4, PER_CHANNEL),
-    AsymmetricIntGrid(3, 16), AsymmetricIntGrid(2, 8), AsymmetricIntGrid(8, PER_CHANNEL), NF4Grid(4, 32),
-]  # fmt: skip
+from srr_dist.solve.scales import descend_scales, fit_scales, search_scales
+from tests.solve.problems import (
+    CORRELATED,
+    GRIDS,
+    moment,
+    normal,
+    objective,
+    own,
+    sides,
+    two_sided,
+    weighed,
+    weight,
+    with_threads,
+)
 
 
 def importance(n, seed=0):
     return normal(n, seed=seed).square().add(0.01).float()
-
-
-def own(grid, W):
-    """The grid's own scales and zero points."""
-    return next(grid.candidates(W))
 
 
 def equal(first, second):
@@ -102,6 +104,35 @@ def test_searched_scales_are_the_same_again_for_any_threads_and_rows_at_once(gri
     assert equal(first, with_threads(2, lambda: search_scales(W, grid, weights)))
     monkeypatch.setattr("srr_dist.solve.scales._CHUNK", 64)
     assert equal(first, search_scales(W, grid, weights))
+
+
+@pytest.mark.parametrize("grid", [IntGrid(3, 16), IntGrid(2, PER_CHANNEL), NF4Grid(4, 32)], ids=str)
+@pytest.mark.parametrize("kind", CORRELATED)
+def test_descended_scales_approach_the_best_ones_of_float64(grid, kind):
+    W, metric = weight(24, 64), Metric.of(moment(kind, 64), 0.1)
+    codes, scale = Quantizer(grid, rounding="gptq").quantize(W, metric)
+    first = objective(W - grid.dequantize(codes, scale), metric.H)
+    found = scale
+    for _ in range(20):
+        found = descend_scales(W, codes, found, grid, metric)
+    H, best = metric.H.double(), 0.0
+    for w, c in zip(W.double(), grid.points(codes).double(), strict=True):  # least squares over the scales of each row
+        parts = torch.block_diag(*c.reshape(scale.shape[1], -1).unbind())
+        wanted = torch.linalg.lstsq(parts @ H @ parts.mT, (parts @ H @ w).unsqueeze(1)).solution.squeeze(1)
+        best += objective((w - wanted @ parts).unsqueeze(0), H)
+    last = objective(W - grid.dequantize(codes, found), metric.H)
+    assert best <= last < first
+    rounding = 0.1 if grid.codebook is None else 0.15  # of scales to bfloat16, and of values that have many digits
+    assert last - best < rounding * (first - best)
+
+
+def test_descended_scale_of_a_group_of_zeros_stays():
+    grid, W = IntGrid(3, 16), weight(4, 32)
+    codes, scale = grid.quantize(W)
+    codes[1, :16] = 0
+    found = descend_scales(W, codes, scale, grid, Metric.of(moment("decaying", 32)))
+    assert found[1, 0] == scale[1, 0]
+    assert found.isfinite().all()
 
 
 FITTED = [IntGrid(3, 16), IntGrid(2, PER_CHANNEL), AsymmetricIntGrid(3, 16), NF4Grid(4, 32)]
