@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -40,44 +41,49 @@ class Clock:
         return torch.empty(0) if found is None else found
 
 
-def sketched(decoder: Decoder, graph: BlockGraph, ids: Tensor, kind: str, clock: Clock) -> None:
-    """One sequence ``[1, T]`` forward and back through the loaded blocks."""
+def pass_forward(decoder: Decoder, graph: BlockGraph, ids: Tensor, clock: Clock) -> list[Tensor]:
+    """What enters each block, and what leaves the last one, of one sequence ``[1, T]``."""
     states = [decoder.embed(ids)]
     for block in graph.blocks:
         run = partial(decoder.run_block, block.index, states[-1])
         states.append(clock.time("blocks forward", run))
-    vocabulary = decoder.logits(states[-1][:, :1]).shape[-1]
     clock.time("head", lambda: decoder.logits(states[-1]))
-    slope = clock.time("head back", lambda: head_gradient(decoder.logits, states[-1], 0, vocabulary))
-    for block in reversed(graph.blocks):
-        slope = back(decoder, block, states[block.index], slope, kind, clock)
+    return states
 
 
-def back(decoder: Decoder, block: Block, hidden: Tensor, slope: Tensor, kind: str, clock: Clock) -> Tensor:
-    """One block's way back, its sketches and, for comparison, its moments."""
+def back(
+    decoder: Decoder, block: Block, entering: list[Tensor], slopes: list[Tensor], kind: str, clock: Clock
+) -> list[Tensor]:
+    """One block's way back with all sequences, its sketches and, for comparison, its moments."""
     delivered: dict[str, tuple[Tensor, Tensor]] = {}
     linears, run = decoder.linear_modules(block.index), partial(decoder.run_block, block.index)
+    sketches = {linear.name: Sketch(kind, linear.out_features, linear.in_features) for linear in block.linears}
+    moments = {linear.input: InputMoment(linear.in_features, "exact") for linear in block.linears}
 
     def keep(name: str, x: Tensor, g: Tensor) -> None:
         delivered[name] = (x, g)
 
-    slope = clock.time("blocks back", lambda: BlockPass(run, linears, hidden, keep).back(slope))
-    for linear in block.linears:
-        x, g = delivered[linear.name]
-        sketch = Sketch(kind, linear.out_features, linear.in_features)
-        clock.time("sums", partial(sketch.update, x, g))
-        if linear.input == linear.name:
-            moment = InputMoment(linear.in_features, "exact")
-            clock.time("moments", partial(moment.update, x))
-    return slope
+    found = []
+    for hidden, slope in zip(entering, slopes, strict=True):
+        walk = partial(lambda h, s: BlockPass(run, linears, h, keep).back(s), hidden, slope)
+        found.append(clock.time("blocks back", walk))
+        for name, (x, g) in delivered.items():
+            clock.time("sums", partial(sketches[name].update, x, g))
+            if name in moments:
+                clock.time("moments", partial(moments[name].update, x))
+    for side in chain.from_iterable(sketch.sides.values() for sketch in sketches.values()):
+        clock.time("sums", side.settle)
+    for moment in moments.values():
+        clock.time("moments", moment.settle)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--kind", default="B", help="of sketch")
-    parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=128)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     checkpoint = open_checkpoint(arguments.model)
@@ -87,9 +93,13 @@ def main() -> None:
     for block in graph.blocks:
         decoder.load_block(block.index)
     clock, generator = Clock(), torch.Generator().manual_seed(0)
-    for _ in range(arguments.sequences):
-        ids = torch.randint(3, 10_000, (1, arguments.seq_len), generator=generator)
-        sketched(decoder, graph, ids, arguments.kind, clock)
+    ids = torch.randint(3, 10_000, (arguments.sequences, 1, arguments.seq_len), generator=generator)
+    states = [pass_forward(decoder, graph, row, clock) for row in ids]
+    vocabulary = decoder.logits(states[0][-1][:, :1]).shape[-1]
+    begin = partial(head_gradient, decoder.logits, seed=0, vocabulary=vocabulary)
+    slopes = [clock.time("head back", partial(begin, hidden=each[-1])) for each in states]
+    for block in reversed(graph.blocks):
+        slopes = back(decoder, block, [each[block.index] for each in states], slopes, arguments.kind, clock)
     seconds = clock.seconds
     forward = seconds.pop("blocks forward") + seconds.pop("head")
     collection = sum(seconds.values()) - seconds["moments"]

@@ -20,7 +20,7 @@ import yaml
 
 from srr_dist.errors import ConfigError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the stored bytes of a unit change for the same options."""
 
 METHODS = ("srr", "qer", "none")

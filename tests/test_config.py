@@ -257,7 +257,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "a1f8659ea755eb97ed6aba89957d871d1d190c007d750c932942cc82ac4280aa"
+    assert fingerprint() == "8d0525cbf2c85f5adf959f3836d10eaadc67686ddd4320a6de9f4d88a00da688"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -1,5 +1,11 @@
 """Statistics of a block's inputs and gradients, in pure torch."""
 
-from srr_dist.calibration.moments import InputMoment, accumulator_shape, first_token_weight, moment_bytes
+from srr_dist.calibration.moments import (
+    InputMoment,
+    accumulator_shape,
+    first_token_weight,
+    moment_bytes,
+    waiting_bytes,
+)
 
-__all__ = ["InputMoment", "accumulator_shape", "first_token_weight", "moment_bytes"]
+__all__ = ["InputMoment", "accumulator_shape", "first_token_weight", "moment_bytes", "waiting_bytes"]

@@ -1,8 +1,8 @@
 """The input moment H of a linear layer, summed over calibration tokens where the block lives.
 
-Sequences are added one by one in a fixed order: a product in float32 per sequence (bfloat16 inputs are multiplied
-exactly), sums over sequences in float64. What a moment holds does therefore not depend on how sequences were grouped
-into messages, nor on the number of workers.
+Sequences are added in a fixed order: a product in float32 (bfloat16 inputs are multiplied exactly) of one sequence, or
+of several short ones, and sums of products in float64. What a moment holds does therefore not depend on how sequences
+were grouped into messages, nor on the number of workers.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ _LQER_FLOOR = 1e-4
 _PANELS = 4
 _STRIP = 512
 """Rows of float32 sums that are added to float64 ones at once: a CPU converts them first, into memory of their own."""
+_GATHERED = 512
+"""Rows that a product has at least. Of fewer, adding its float32 results to float64 sums takes longer than itself: that
+reads and writes 20 bytes for each of them, however few operations there were."""
 
 
 def moment_bytes(features: int, scaling: str) -> int:
     """Memory of one accumulator, in bytes."""
     return 8 * features * (features if scaling == "exact" else 1)
+
+
+def waiting_bytes(rows: int, features: int, scaling: str) -> int:
+    """Memory of what waits at most in one accumulator that is given so many rows at a time, in bytes."""
+    return 0 if rows >= _GATHERED or scaling != "exact" else 2 * 4 * _GATHERED * features
 
 
 class InputMoment:
@@ -54,6 +62,7 @@ class InputMoment:
         self.excluded = 0
         self.weight = 0
         """Tokens, those that count several times so often."""
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def update(self, x: Tensor, first: int = 1) -> None:
         """Add one sequence ``x: [T, n]``; rows with NaN or Inf are left out and counted.
@@ -91,10 +100,27 @@ class InputMoment:
         self.weight += rows
         self._add_products(left, right)
 
+    def settle(self) -> None:
+        """Add the rows that wait for more; whatever reads the sums does so first.
+
+        Only the lower triangle is added to, panel by panel: symmetry saves three eighths of the arithmetic.
+        """
+        if not self._waiting:
+            return
+        left, right = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        for start, part in self.parts().items():
+            rows, columns = part.shape
+            products = gram(left[:, start : start + rows], right[:, :columns]).to(part.device)
+            for sums, strip in zip(part.split(_STRIP), products.split(_STRIP), strict=True):
+                sums.add_(strip)
+
     def merge(self, other: InputMoment) -> None:
         """Add what another moment of this kind was fed."""
         self.tokens, self.excluded = self.tokens + other.tokens, self.excluded + other.excluded
         self.weight += other.weight
+        self.settle()
+        other.settle()
         theirs = other.total.to(self.total.device)
         if self.scaling == "lqer":
             torch.maximum(self.total, theirs, out=self.total)
@@ -103,6 +129,7 @@ class InputMoment:
 
     def clear(self) -> None:
         """Begin anew."""
+        self._waiting.clear()
         self.total.zero_()
         self.tokens = self.excluded = self.weight = 0
 
@@ -136,6 +163,7 @@ class InputMoment:
 
         Of a matrix these are its panels up to the diagonal; the rest follows from symmetry.
         """
+        self.settle()
         if self.scaling != "exact":
             return {0: self.total}
         return {start: self.total[start:stop, :stop] for start, stop in self._panels()}
@@ -146,16 +174,17 @@ class InputMoment:
 
     def _mirror(self) -> None:
         """Fill the panels above the diagonal from those below, which alone are added to."""
+        self.settle()
         for start, stop in self._panels():
             self.total[:start, start:stop] = self.total[start:stop, :start].mT
 
     def _add_products(self, left: Tensor, right: Tensor) -> None:
-        """Add the lower triangle of ``leftᵀ right``, panel by panel: symmetry saves three eighths of the arithmetic."""
-        for start, part in self.parts().items():
-            rows, columns = part.shape
-            products = gram(left[:, start : start + rows], right[:, :columns]).to(part.device)
-            for sums, strip in zip(part.split(_STRIP), products.split(_STRIP), strict=True):
-                sums.add_(strip)
+        """Add ``leftᵀ right``, as soon as enough rows have come."""
+        self._waiting.append((left, right))
+        if sum(len(rows) for rows, _ in self._waiting) >= _GATHERED:
+            self.settle()
+        else:  # whoever owns these rows may write to them after this call
+            self._waiting[-1] = left.clone(), right.clone()
 
 
 def accumulator_shape(features: int, scaling: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from srr_dist.calibration.moments import InputMoment, gram, moment_bytes
+from srr_dist.calibration.moments import InputMoment, gram, moment_bytes, waiting_bytes
 
 _TRIANGLE = 5 / 8
 """Share of a symmetric product that a moment computes."""
@@ -35,6 +35,12 @@ def sketch_bytes(kind: str, m: int, n: int) -> int:
     """Memory of one sketch, in bytes: its sums, and in float32 the side that rounds of A weight the other by."""
     sums = sum(moment_bytes(width, scaling) for width, scaling in sketch_sides(kind, m, n).values())
     return sums + (4 * max(m, n) ** 2 if kind.startswith("A:") else 0)
+
+
+def sketch_waiting_bytes(kind: str, tokens: int, m: int, n: int) -> int:
+    """Memory of the rows that wait in one sketch to be summed, in bytes: at most those of tokens or of a gradient."""
+    rows = min(tokens, m, n) if kind == "B" and gradient_is_cheaper(tokens, m, n) else tokens
+    return sum(waiting_bytes(rows, width, scaling) for width, scaling in sketch_sides(kind, m, n).values())
 
 
 def sketch_passes(kind: str) -> int:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from srr_dist.calibration import moment_bytes
+from srr_dist.calibration import moment_bytes, waiting_bytes
 from srr_dist.calibration.head import LOGITS_AT_ONCE
-from srr_dist.calibration.sketches import held_out_bytes, sketch_bytes
+from srr_dist.calibration.sketches import held_out_bytes, sketch_bytes, sketch_waiting_bytes
 from srr_dist.checkpoint.graph import Block, shared_inputs
 from srr_dist.errors import ConfigError
 from srr_dist.pipeline.solve_memory import Solving, solve_bytes, solve_bytes_beside
@@ -82,8 +82,8 @@ class Need:
     """Host memory of what was solved."""
     packing: int
     """Host memory to pack it and write it down, once the block is solved."""
-    graph: int = 0
-    """What autograd keeps of a sequence's pass until its gradient comes back through the blocks behind."""
+    passing: int = 0
+    """Rows that wait to be summed, and what autograd keeps of a pass until gradients come back from behind."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
     results = sum(_result_bytes(linear.out_features, linear.in_features, work) for linear in layers)
     packing = sum(_packed_bytes(linear.out_features, linear.in_features, work) for linear in layers)
     packing += _PACKING_BYTES * max((linear.out_features * linear.in_features for linear in layers), default=0)
-    graph = 0
+    passing = sum(waiting_bytes(work.seq_len, features, work.scaling) for features in widths)
     if work.sketch:
         shapes = [(linear.out_features, linear.in_features) for linear in layers]
         moments = max(moments, sum(sketch_bytes(work.sketch, m, n) for m, n in shapes))
         source = max(source, work.held_out * sum(held_out_bytes(work.seq_len, m, n) for m, n in shapes))
-        graph = 2 * forward
+        passing = 2 * forward + sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n) for m, n in shapes)
         forward += max((_back_bytes(m, n, work.seq_len) for m, n in shapes), default=0)
     kept = work.copies * weights * work.compute_bytes
-    return Need(kept, source, moments, forward, products, solve, beside, results, packing, graph)
+    return Need(kept, source, moments, forward, products, solve, beside, results, packing, passing)
 
 
 def choose_holding(
@@ -191,7 +191,7 @@ def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> 
     moments = [need.moments for need in largest]
     products, results = max(need.products for need in needs), max(need.results for need in needs)
     packing = results + max(need.packing for need in needs)
-    passing = work.outside + sum(need.weights + need.graph for need in largest) + max(need.forward for need in needs)
+    passing = work.outside + sum(need.weights + need.passing for need in largest) + max(need.forward for need in needs)
     solving = max(need.solve for need in needs)
     if beside:
         passing += sum(moments)

@@ -34,7 +34,7 @@ from srr_dist.store.documents import encode
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same model and tokens give other sums."""
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srr_dist.calibration import InputMoment, first_token_weight, moment_bytes
+from srr_dist.calibration import InputMoment, first_token_weight, moment_bytes, waiting_bytes
 from srr_dist.calibration.moments import accumulator_shape
 from tests.solve.problems import with_threads
 
@@ -99,7 +99,8 @@ def test_value_can_be_read_between_updates(scaling):
     assert torch.equal(moment.value(), accumulated(xs[:3], scaling).value())
     for x in xs[3:]:
         moment.update(x)
-    assert torch.equal(moment.value(), accumulated(xs, scaling).value())
+    expected = accumulated(xs, scaling).value()
+    torch.testing.assert_close(moment.value(), expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -194,9 +195,45 @@ def test_bfloat16_products_are_exact_in_float32():
 
 
 def test_sums_over_sequences_keep_what_float32_would_lose():
-    large, small = torch.full((1, 1), 4096.0), torch.full((1, 1), 1.0)
+    large, small = torch.full((512, 1), 4096.0), torch.full((512, 1), 1.0)
     moment = accumulated([large, *[small] * 64], "exact")
-    assert moment.value().item() * moment.tokens == 4096.0**2 + 64
+    assert moment.value().item() * moment.tokens == 512 * (4096.0**2 + 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [1, 4])
+def test_short_sequences_are_summed_as_one_that_is_long(dtype, first):
+    (x,) = sequences(1, 1024, 24, dtype)
+    short = accumulated(x.split(128), "exact", first=first)
+    weighted = x.clone()
+    weighted[::128] *= first
+    long = InputMoment(24, "exact")
+    for rows, weights in zip(x.split(512), weighted.split(512), strict=True):
+        long.add(weights, rows, rows=0)
+    long.tokens, long.weight = short.tokens, short.weight
+    assert torch.equal(short.value(), long.value())
+
+
+def test_sequences_may_be_written_to_once_they_were_added():
+    xs = sequences(3, 100, 8)
+    expected = accumulated(xs, "exact").value()
+    moment = InputMoment(8, "exact")
+    for x in xs:
+        moment.update(x)
+        x.zero_()
+    assert torch.equal(moment.value(), expected)
+
+
+@pytest.mark.parametrize(("rows", "waits"), [(128, True), (511, True), (512, False), (2048, False)])
+def test_rows_of_short_sequences_alone_wait_and_take_no_more_than_is_planned(rows, waits):
+    moment, most = InputMoment(24, "exact"), 0
+    for x in sequences(12, rows, 24):
+        moment.update(x, first=2)
+        most = max(most, sum(part.nbytes for pair in moment._waiting for part in pair))
+    planned = waiting_bytes(rows, 24, "exact")
+    assert (0 < most <= planned) if waits else (most == planned == 0)
+    moment.clear()
+    assert torch.equal(moment.value(), torch.zeros(24, 24, dtype=torch.float64))
 
 
 def test_given_total_is_added_into():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from srr_dist.calibration.sketches import (
     held_out_bytes,
     sketch_bytes,
     sketch_passes,
+    sketch_waiting_bytes,
 )
 from srr_dist.solve import second_order
 from tests.solve.problems import with_threads
@@ -121,7 +123,8 @@ def test_sums_of_shards_add_up(kind):
         (first if index < 2 else second).update(*pair)
     first.merge(second)
     for side, factor in first.value().items():
-        torch.testing.assert_close(factor, whole.value()[side], rtol=1e-12, atol=0)
+        expected = whole.value()[side]
+        torch.testing.assert_close(factor, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,6 +151,20 @@ def test_sketch_bytes_is_the_size_of_the_sums_and_of_a_weight(kind):
     assert bool(weight) == kind.startswith("A:")
 
 
+@pytest.mark.parametrize("shape", [TALL, WIDE, (600, 12, 20), (600, 530, 520)], ids=str)
+@pytest.mark.parametrize("kind", ["B", "A:1", "full"])
+def test_rows_that_wait_take_no_more_than_is_planned(kind, shape):
+    (tokens, m, n), most = shape, 0
+    sketch = Sketch(kind, m, n)
+    for x, g in pairs(shape, count=3):
+        sketch.update(x, g)
+        waiting = [pair for side in sketch.sides.values() for pair in side._waiting]
+        most = max(most, sum(part.nbytes for pair in waiting for part in pair))
+    planned = sketch_waiting_bytes(kind, tokens, m, n)
+    assert most <= planned
+    assert bool(most) == bool(planned)
+
+
 def distance(kind: str, data: list[Pair]) -> float:
     """Of the best multiple of ``H_O ⊗ H_I`` from the second moment of tokens' gradients, as a share of it."""
     x, g = (torch.cat([pair[i] for pair in data]).double() for i in (0, 1))
@@ -162,8 +179,8 @@ def distance(kind: str, data: list[Pair]) -> float:
 def test_rounds_bring_sketch_a_to_the_nearest_kronecker_product():
     data = pairs((40, 5, 7))
     distances = [distance(kind, data) for kind in ("A:1", "A:2", "A:6", "A:7")]
-    assert distances == sorted(distances, reverse=True)
-    assert distances[0] > distances[-1]
+    assert all(after < before + 1e-9 for before, after in pairwise(distances))
+    assert distances[0] > distances[-1] + 1e-5
     assert distances[-2] - distances[-1] < 1e-4
 
 
