@@ -152,8 +152,8 @@ def _gates(layers: list[Record]) -> Html:
     blocks = sorted({layer["block"] for layer in layers})
     drawing = depth_map(kept, blocks, 1.0, label="Layers solved for the network's output, by type and block")
     note = (
-        "Each layer was solved for its own output, and for the network's by what its gradients left. Of the two the "
-        "one is kept that changes the loss less, to second order, on gradients held out: coloured where the latter. "
+        "Each layer was solved for its own output, and for the network's by what its gradients left. The latter is "
+        "kept (coloured) unless it changes the loss more, to second order and beyond doubt, on gradients held out. "
         "The cosine, of H_O ⊗ H_I with what it stands for, is near 1 where that fits."
     )
     headings = ("type", "for the network's output", "its change of the loss beside the other's", "cosine")

@@ -1,4 +1,4 @@
-"""A layer solved for its error at the network's output, if sequences held out say that this is the better solution.
+"""A layer solved for its error at the network's output, unless sequences held out say that this is the worse solution.
 
 What gradients left behind of a layer, its sketch, gives the metric ``tr(H_O Δ H_I Δᵀ)``. Where it comes from too few
 sequences it misleads, and the error of the layer alone is the better guide. Both are solved, and the second-order
@@ -19,7 +19,7 @@ from srr_dist.solve import ONE_SIDED, TWO_SIDED, LayerSolution, Metric, gate, sk
 
 
 def solve_gated(run: Run, linear: Linear, W: Tensor, inputs: Metric) -> LayerSolution:
-    """The better one of a layer's solutions in the metric of its inputs and in that of its sketch.
+    """A layer's solution in the metric of its sketch, or if it is the worse one that in the metric of its inputs.
 
     Its record has ``gate``: what ``solve.gate`` says of the two.
 

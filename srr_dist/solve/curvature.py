@@ -4,13 +4,14 @@ To second order, an error Δ of a layer changes the loss by ``½ E_s ⟨Δ, G_s�
 sequence's loss by the layer's weight, at labels drawn from the network's own predictions (then the expected outer
 product of gradients is the curvature). ``H_O ⊗ H_I`` stands for ``E_s vec(G_s) vec(G_s)ᵀ`` in rounding and in adapters
 (YAQA, arXiv 2505.22988). Where it was found from too few sequences, a solution for inputs alone may be the better one:
-the smaller second-order estimate on other sequences decides.
+the second-order estimates on other sequences decide.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,10 @@ ONE_SIDED, TWO_SIDED = "one-sided", "two-sided"
 
 SEQUENCES_SHARE = 0.25
 """Of the sides of B, beside those of K-FAC."""
+
+DOUBT = 2.0
+"""Standard errors by which the one-sided solution must be better to be taken: estimates of a few dozen sequences are
+ruled by one or two of them."""
 
 COSINE_OF = 8
 """Gradients that a cosine compares, all of them held at once."""
@@ -50,7 +55,7 @@ def sketch_metric(sides: Mapping[str, Tensor], inputs: Metric, shrinkage: float)
 
 
 def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tensor]) -> dict[str, Any]:
-    """Which of two solutions has the smaller second-order estimate on gradients that neither has seen.
+    """Whether gradients that neither of two solutions has seen say that the two-sided one is the worse.
 
     Args:
         errors: float32 ``[m, n]``, ``W − Ŵ`` of the ``ONE_SIDED`` and of the ``TWO_SIDED`` solution.
@@ -58,18 +63,21 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
         gradients: float32 ``[m, n]``, of the sequences held out; each is asked for twice at most, and let go.
 
     Returns:
-        ``chosen``, the two-sided one only if both estimates are numbers and its own is the smaller; ``second_order`` of
-        both; and the ``cosine`` between the sketch and what it stands for; None in the place of what is no number.
+        ``chosen``, the two-sided one unless its estimate is ``DOUBT`` standard errors above the other's, or one of them
+        is no number; ``second_order``, the estimates; the ``standard_error`` of the two's difference, over sequences;
+        and the ``cosine`` between the sketch and what it stands for. None in the place of what is no number.
     """
     slopes: dict[str, list[float]] = {side: [] for side in errors}
     for G in gradients:  # which may be made as it is asked for: once for both
         for side, error in errors.items():
             slopes[side].append(inner(error, G))
     estimates = {side: _mean_square(along) for side, along in slopes.items()}
+    worse, doubt = _worse(slopes[TWO_SIDED], slopes[ONE_SIDED])
     few = [gradients[sequence] for sequence in range(min(len(gradients), COSINE_OF))]
     return {
-        "chosen": TWO_SIDED if estimates[TWO_SIDED] < estimates[ONE_SIDED] else ONE_SIDED,
+        "chosen": TWO_SIDED if worse <= DOUBT * doubt else ONE_SIDED,
         "second_order": {side: _number(estimate) for side, estimate in estimates.items()},
+        "standard_error": _number(doubt),
         "cosine": _number(kronecker_cosine(metric, few)) if len(few) > 1 else None,
     }
 
@@ -110,6 +118,14 @@ def _averaged(own: Metric, other: Metric) -> Metric:
         H = own.H.mul_(SEQUENCES_SHARE)
         (H.diagonal() if other.diagonal else H).add_(other.H, alpha=1.0 - SEQUENCES_SHARE)
     return own
+
+
+def _worse(slopes: Sequence[float], than: Sequence[float]) -> tuple[float, float]:
+    """By how much the mean square is the larger, and the standard error of that, 0 of one pair; NaN without any."""
+    squares = [a**2 - b**2 for a, b in zip(slopes, than, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    if not squares:
+        return math.nan, math.nan
+    return mean(squares), stdev(squares) / math.sqrt(len(squares)) if len(squares) > 1 else 0.0
 
 
 def _mean_square(slopes: Iterable[float]) -> float:

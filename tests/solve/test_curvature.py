@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from srr_dist.solve import Metric
-from srr_dist.solve.curvature import kronecker_cosine, second_order
+from srr_dist.solve.curvature import DOUBT, ONE_SIDED, TWO_SIDED, gate, kronecker_cosine, second_order
 from tests.solve.problems import full, moment, normal, with_threads
 
 
@@ -31,6 +31,40 @@ def test_sequences_with_nan_do_not_count():
     delta, seen = normal(12, 16, seed=99).float(), gradients(3)
     assert second_order(delta, [*seen, torch.full((12, 16), torch.nan)]) == second_order(delta, seen)
     assert math.isnan(second_order(delta, []))
+
+
+def judged(one, two):
+    """The gate's choice between errors of one weight, by gradients under which they have these slopes."""
+    errors = {ONE_SIDED: torch.tensor([[1.0, 0.0]]), TWO_SIDED: torch.tensor([[0.0, 1.0]])}
+    gradients = [torch.tensor([[a, b]]) for a, b in zip(one, two, strict=True)]
+    return gate(errors, Metric.of(torch.ones(2)), gradients)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "chosen"),
+    [
+        ([2.0, 3.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], TWO_SIDED),
+        ([1.0, 1.0, 1.0, 1.0], [2.0, 3.0, 2.0, 3.0], ONE_SIDED),
+        ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 9.0], TWO_SIDED),  # one sequence says so, and it alone
+        ([1.0], [2.0], ONE_SIDED),
+        ([2.0], [1.0], TWO_SIDED),
+        ([1.0, math.nan, 1.0], [2.0, 1.0, 2.0], ONE_SIDED),
+        ([math.nan], [1.0], ONE_SIDED),
+    ],
+)
+def test_gate_takes_the_one_sided_solution_where_sequences_agree_that_it_is_better(one, two, chosen):
+    assert judged(one, two)["chosen"] == chosen
+
+
+def test_standard_error_is_that_of_the_difference_between_estimates():
+    one, two = [1.0, 2.0, 0.5, 1.5], [2.0, 2.5, 1.5, 0.5]
+    choice = judged(one, two)
+    differences = torch.tensor(two, dtype=torch.float64).square() - torch.tensor(one, dtype=torch.float64).square()
+    assert choice["standard_error"] == pytest.approx(float(differences.std()) / 2.0)
+    estimates = choice["second_order"]
+    assert estimates[TWO_SIDED] - estimates[ONE_SIDED] == pytest.approx(float(differences.mean()))
+    doubtful = estimates[TWO_SIDED] - estimates[ONE_SIDED] <= DOUBT * choice["standard_error"]
+    assert (choice["chosen"] == TWO_SIDED) == doubtful
 
 
 @pytest.mark.parametrize("inputs", ["decaying", "diagonal"])
