@@ -26,7 +26,8 @@ def moment_bytes(features: int, scaling: str) -> int:
 
 def waiting_bytes(rows: int, features: int, scaling: str) -> int:
     """Memory of what waits at most in one accumulator that is given so many rows at a time, in bytes."""
-    return 0 if rows >= _GATHERED or scaling != "exact" else 2 * 4 * _GATHERED * features
+    waiting = (_GATHERED - 1) // rows * rows
+    return 2 * 4 * waiting * features if scaling == "exact" else 0
 
 
 class InputMoment:

@@ -38,9 +38,11 @@ def sketch_bytes(kind: str, m: int, n: int) -> int:
 
 
 def sketch_waiting_bytes(kind: str, tokens: int, m: int, n: int) -> int:
-    """Memory of the rows that wait in one sketch to be summed, in bytes: at most those of tokens or of a gradient."""
-    rows = min(tokens, m, n) if kind == "B" and gradient_is_cheaper(tokens, m, n) else tokens
-    return sum(waiting_bytes(rows, width, scaling) for width, scaling in sketch_sides(kind, m, n).values())
+    """Memory of what waits at most in one sketch to be summed, in bytes: rows of tokens or of their gradient."""
+    formed = kind == "B" and gradient_is_cheaper(tokens, m, n)
+    rows = {"input": m, "output": n} if formed else {}
+    sides = sketch_sides(kind, m, n).items()
+    return sum(waiting_bytes(rows.get(side, tokens), width, scaling) for side, (width, scaling) in sides)
 
 
 def sketch_passes(kind: str) -> int:

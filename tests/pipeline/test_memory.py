@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srr_dist.calibration.sketches import sketch_waiting_bytes
 from srr_dist.checkpoint.graph import Block, Linear
 from srr_dist.errors import ConfigError
 from srr_dist.pipeline.memory import (
@@ -81,7 +82,7 @@ def test_need_counts_only_layers_that_are_quantized():
 @pytest.mark.parametrize(
     ("change", "grows"),
     [
-        ({"seq_len": 64}, {"forward"}),
+        ({"seq_len": 48}, {"forward"}),  # of 32 tokens as many rows wait
         ({"compute_bytes": 8}, {"weights", "forward"}),
         ({"copies": 2}, {"weights"}),
         ({"bits": 4}, {"packing"}),
@@ -216,8 +217,8 @@ def test_stage_needs_room_for_moments_or_for_sketches_whichever_is_more():
     assert sketched.moments == sum(8 * (2 * m * m + n * n) for m, n in shapes) > plain.moments
     assert sketched.source == 3 * 2 * sum(min(m * n, 32 * (m + n)) for m, n in shapes)
     assert plain.forward < sketched.forward
-    assert plain.passing == sum(4 * 2 * 512 * width for width in (64, 128))
-    assert sketched.passing == 2 * plain.forward + sum(4 * 2 * 512 * (2 * m + n) for m, n in shapes)
+    assert plain.passing == sum(4 * 2 * 480 * width for width in (64, 128))
+    assert sketched.passing == 2 * plain.forward + sum(sketch_waiting_bytes("B", 32, m, n) for m, n in shapes)
     assert block_need(block(0), 10**9, workload(sketch="B", held_out=3)).source == 10**9
     assert block_need(block(0), 0, workload(sketch="diag")).moments == plain.moments
     assert block_need(block(0), 0, workload(sketch="A:1")).moments > sketched.moments
