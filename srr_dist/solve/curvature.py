@@ -24,9 +24,9 @@ ONE_SIDED, TWO_SIDED = "one-sided", "two-sided"
 SEQUENCES_SHARE = 0.25
 """Of the sides of B, beside those of K-FAC."""
 
-DOUBT = 2.0
+DOUBT = 1.0
 """Standard errors by which the one-sided solution must be better to be taken: estimates of a few dozen sequences are
-ruled by one or two of them."""
+ruled by one or two of them, and one alone comes to a single standard error."""
 
 COSINE_OF = 8
 """Gradients that a cosine compares, all of them held at once."""
@@ -63,7 +63,7 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
         gradients: float32 ``[m, n]``, of the sequences held out; each is asked for twice at most, and let go.
 
     Returns:
-        ``chosen``, the two-sided one unless its estimate is ``DOUBT`` standard errors above the other's, or one of them
+        ``chosen``, the two-sided one unless its estimate is more than ``DOUBT`` standard errors above the other's, or
         is no number; ``second_order``, the estimates; the ``standard_error`` of the two's difference, over sequences;
         and the ``cosine`` between the sketch and what it stands for. None in the place of what is no number.
     """

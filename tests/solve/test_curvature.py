@@ -45,7 +45,7 @@ def judged(one, two):
     [
         ([2.0, 3.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], TWO_SIDED),
         ([1.0, 1.0, 1.0, 1.0], [2.0, 3.0, 2.0, 3.0], ONE_SIDED),
-        ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 9.0], TWO_SIDED),  # one sequence says so, and it alone
+        ([1.5, 1.5, 1.5, 1.0], [1.0, 1.0, 1.0, 9.0], TWO_SIDED),  # one sequence says so, and it alone
         ([1.0], [2.0], ONE_SIDED),
         ([2.0], [1.0], TWO_SIDED),
         ([1.0, math.nan, 1.0], [2.0, 1.0, 2.0], ONE_SIDED),
