@@ -168,7 +168,7 @@ def test_fingerprint_depends_on_contents_and_not_on_places(model, text, tmp_path
 
 
 def test_tuning_is_planned_for(model, text):
-    plain, tuned = (plan(make_run(model, text, tune_steps=steps)) for steps in (0, 5))
+    plain, tuned = (plan(make_run(model, text, seq_len=256, tune_steps=steps)) for steps in (0, 5))
     run = tuned.run
     states = run.token_ids.size * run.checkpoint.config.hidden_size * 4
     assert plain.scratch_bytes() == 0
