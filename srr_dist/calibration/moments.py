@@ -108,7 +108,7 @@ class InputMoment:
         """
         if not self._waiting:
             return
-        left, right = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
+        left, right = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*self._waiting, strict=True))
         self._waiting.clear()
         for start, part in self.parts().items():
             rows, columns = part.shape
