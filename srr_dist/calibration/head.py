@@ -33,9 +33,14 @@ def head_gradient(logits: Callable[[Tensor], Tensor], hidden: Tensor, seed: int,
         ``[1, T, d]`` in the type of ``hidden``.
     """
     draws = torch.rand(hidden.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    rows = tokens_at_once(vocabulary)
     pieces = zip(hidden.split(rows, dim=1), draws.split(rows), strict=True)
     return torch.cat([_piece_gradient(logits, piece, numbers) for piece, numbers in pieces], dim=1)
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens of a sequence have their logits in memory, one at least."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def sample(probabilities: Tensor, draws: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from srr_dist.calibration.adapted import attach_adapters
+from srr_dist.calibration.head import tokens_at_once
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.rotation import as_in
@@ -60,6 +61,7 @@ class EvaluationStage(Pulse):
     def __init__(self, checkpoint: Checkpoint, quantized: QuantizedModel, dtype: torch.dtype, threads: int) -> None:
         self.threads = threads
         self.quantized, self.dtype = quantized, dtype
+        self.vocabulary = checkpoint.config.get_text_config().vocab_size
         self.device = worker_device()
         self.original = Decoder(checkpoint, dtype=dtype, device=self.device)
         self.other = Decoder(checkpoint, dtype=dtype, device=self.device)
@@ -106,9 +108,18 @@ class EvaluationStage(Pulse):
         sequences = hidden_states.unpack(payload, self.dtype)
         half = len(sequences) // 2
         total = Comparison()
-        for row, original, quantized in zip(torch.tensor(ids), sequences[:half], sequences[half:], strict=True):
-            logits = [self.original.logits(hidden.to(self.device))[0] for hidden in (original, quantized)]
-            total += compare(logits[0], logits[1], row.to(self.device))
+        for row, *states in zip(torch.tensor(ids), sequences[:half], sequences[half:], strict=True):
+            total += self._compared(row, *states)
+        return total
+
+    def _compared(self, ids: Tensor, original: Tensor, quantized: Tensor) -> Comparison:
+        """Of one sequence ``[T]`` with hidden states ``[1, T, d]``, whose logits need not fit into memory together."""
+        total, at_once = Comparison(), tokens_at_once(self.vocabulary)
+        for start in range(0, len(ids) - 1, at_once):
+            stop = min(start + at_once, len(ids) - 1)
+            states = (hidden[:, start:stop].to(self.device) for hidden in (original, quantized))
+            logits = [self.original.logits(piece)[0] for piece in states]
+            total += compare(logits[0], logits[1], ids[start : stop + 1].to(self.device))
         return total
 
     def _load_quantized(self, index: int) -> None:

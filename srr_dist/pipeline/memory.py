@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from srr_dist.calibration import moment_bytes, waiting_bytes
-from srr_dist.calibration.head import LOGITS_AT_ONCE
+from srr_dist.calibration.head import tokens_at_once
 from srr_dist.calibration.sketches import held_out_bytes, sketch_bytes, sketch_waiting_bytes
 from srr_dist.checkpoint.graph import Block, shared_inputs
 from srr_dist.errors import ConfigError
@@ -53,6 +53,8 @@ class Workload:
     """Kind of the sketches that gradients are summed in, "" for none."""
     held_out: int = 0
     """Sequences that these do not see."""
+    vocabulary: int = 1
+    """Of the head, where gradients begin."""
     threads: int = 1
     """Of a worker without a GPU: so many small layers are solved at once, and sequences passed back."""
     copies: int = 1
@@ -128,7 +130,7 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
         moments = max(moments, sum(sketch_bytes(work.sketch, m, n) for m, n in shapes))
         source = max(source, work.held_out * sum(held_out_bytes(work.seq_len, m, n) for m, n in shapes))
         passing = 2 * forward + sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n) for m, n in shapes)
-        forward += max((_back_bytes(m, n, work.seq_len) for m, n in shapes), default=0)
+        forward += max((_back_bytes(m, n, work) for m, n in shapes), default=0)
     kept = work.copies * weights * work.compute_bytes
     return Need(kept, source, moments, forward, products, solve, beside, results, packing, passing)
 
@@ -213,13 +215,15 @@ def _tune_bytes(weights: int, forward: int, threads: int) -> int:
     return weights * 4 * (6 + threads) + threads * 3 * forward
 
 
-def _back_bytes(m: int, n: int, tokens: int) -> int:
+def _back_bytes(m: int, n: int, work: Workload) -> int:
     """In float32 while one layer's gradients are added: G or what tokens are multiplied by, inputs, gradients, a panel.
 
     At the end of the model it is logits instead: scores and their gradient, probabilities, and their float64 sums.
     """
+    tokens = work.seq_len
     through = max(m * n, tokens * (tokens + max(m, n)))
-    return max(4 * (through + tokens * (m + n) + max(m, n) ** 2 // 4), 24 * LOGITS_AT_ONCE)
+    logits = min(tokens, tokens_at_once(work.vocabulary)) * work.vocabulary
+    return max(4 * (through + tokens * (m + n) + max(m, n) ** 2 // 4), 24 * logits)
 
 
 def _result_bytes(out_features: int, in_features: int, work: Workload) -> int:

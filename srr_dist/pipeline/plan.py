@@ -109,6 +109,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         rank=rank,
         sketch=run.config.sketch,
         held_out=run.held_out,
+        vocabulary=run.checkpoint.config.get_text_config().vocab_size,
         threads=cluster.cpus,
         outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),
     )

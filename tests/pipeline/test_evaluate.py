@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from srr_dist import evaluate as verb
 from srr_dist import quantize, verify
+from srr_dist.calibration import head
+from srr_dist.checkpoint.graph import build_graph
 from srr_dist.checkpoint.source import open_checkpoint
 from srr_dist.checkpoint.tokens import evaluation_tokens
-from srr_dist.export import add_evaluation
+from srr_dist.export import QuantizedModel, add_evaluation
+from srr_dist.pipeline.comparison import Comparison
+from srr_dist.pipeline.evaluation import EvaluationStage
 from srr_dist.store import ObjectStore
 from tests.commands import flags
 from tests.conftest import Job
@@ -99,6 +103,27 @@ def test_figures_equal_those_of_transformers_and_peft(job, evaluated):
 
 def test_figures_do_not_depend_on_the_number_of_workers(evaluated):
     assert evaluated.recorded == evaluated.unrecorded == evaluated.file
+
+
+def test_figures_do_not_depend_on_how_many_tokens_have_their_logits_in_memory(job, finished, monkeypatch):
+    checkpoint, seen = open_checkpoint(str(job.model)), list[int]()
+    ids = torch.randint(VOCAB_SIZE, (2, LENGTH), generator=torch.Generator().manual_seed(0)).numpy()
+
+    def compared(at_once: int) -> Comparison:
+        monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once * VOCAB_SIZE)
+        stage = EvaluationStage(checkpoint, QuantizedModel.open(str(finished)), torch.float32, 1)
+        stage.open(tuple(range(len(build_graph(checkpoint).blocks))), first=True)
+        last = stage.forward(stage.embed(ids))
+        stage.open_head()
+        logits = stage.original.logits
+        monkeypatch.setattr(stage.original, "logits", lambda states: (seen.append(states.shape[1]), logits(states))[1])
+        return stage.score(last, ids)
+
+    whole = compared(LENGTH)
+    assert set(seen) == {LENGTH - 1}
+    seen.clear()
+    assert astuple(compared(7)) == pytest.approx(astuple(whole), rel=1e-5)
+    assert set(seen) == {7, (LENGTH - 1) % 7}
 
 
 def test_figures_are_kept_with_the_output_and_shown_in_its_views(evaluated):

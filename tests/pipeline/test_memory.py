@@ -211,6 +211,15 @@ def test_no_rows_wait_where_sequences_are_long():
     assert block_need(block(0), 0, workload(seq_len=512)).passing == 0
 
 
+def test_where_gradients_begin_there_is_room_for_the_logits_of_as_many_tokens_as_are_taken_at_once():
+    def of(vocabulary: int) -> int:
+        return block_need(block(0), 0, workload(sketch="B", held_out=3, vocabulary=vocabulary)).forward
+
+    small, large, larger = (of(vocabulary) for vocabulary in (10**5, 2 * 10**5, 10**8))
+    assert large - small == 24 * 32 * 10**5  # all 32 tokens of a sequence
+    assert larger - large == 24 * (10**8 - 32 * 2 * 10**5)  # one token
+
+
 def test_stage_needs_room_for_moments_or_for_sketches_whichever_is_more():
     shapes = [(64, 64), (32, 64), (64, 128)]
     plain, sketched = (block_need(block(0), 0, workload(sketch=kind, held_out=3)) for kind in ("", "B"))
