@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from srr_dist.errors import CheckpointError, StoreError
 from srr_dist.store.patience import patiently
@@ -58,7 +57,7 @@ def resolve(model: str, revision: str | None) -> str:
 def _hub_commit(repository: str, revision: str | None) -> str:
     try:
         return str(HfApi().model_info(repository, revision=revision).sha)
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # its HTTP library's own too, which are no OSError
         raise CheckpointError(
             f"{repository} (revision {revision or 'main'}): not a local path, and the hub answered: {error}; "
             "check the spelling, the network and, for gated models, that HF_TOKEN is set"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from functools import partial
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -138,11 +140,11 @@ def test_hub_id_is_pinned_to_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(_self: object, repository: str, revision: str | None) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(location.HfApi, "model_info", unreachable)
-    with pytest.raises(
-        CheckpointError, match=r"org/name \(revision main\): not a local path, .* no route; .* HF_TOKEN"
-    ):
-        resolve("org/name", None)
+    with socket.socket() as taken:  # bound, and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(location, "HfApi", partial(location.HfApi, endpoint=endpoint))
+        with pytest.raises(
+            CheckpointError, match=r"org/name \(revision main\): not a local path, .*[Rr]efused.*; .* HF_TOKEN"
+        ):
+            resolve("org/name", None)
