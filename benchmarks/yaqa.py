@@ -26,7 +26,7 @@ from torch import Tensor
 from walk import Walk
 
 from srr_dist.calibration import first_token_weight
-from srr_dist.calibration.sketches import HeldOut
+from srr_dist.calibration.sketches import HeldOut, output_bands
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, BlockGraph, build_graph
 from srr_dist.checkpoint.rotation import rotated
@@ -55,6 +55,18 @@ class Recipe:
     shrinkage: float
     sketch: str
     sequences: int
+    band: int
+
+    def metric(self, sides: dict[str, Tensor], inputs: Metric) -> Metric:
+        """That of a sketch whose output sides were summed whole: of bands they would be the blocks on the diagonal."""
+        return sketch_metric(
+            {side: H if side == "input" else self._in_bands(H) for side, H in sides.items()}, inputs, self.shrinkage
+        )
+
+    def _in_bands(self, H: Tensor) -> Tensor:
+        if H.dim() < 2 or (bands := output_bands(len(H), self.band)) == 1:
+            return H
+        return torch.stack([rows.chunk(bands, dim=1)[band] for band, rows in enumerate(H.chunk(bands))])
 
 
 GATED = "gated"
@@ -75,7 +87,8 @@ def recipes(arguments: argparse.Namespace) -> list[Recipe]:
         shape = f"{arguments.grid}{bits} g{arguments.group_size}" + (f" r{rank}" if rank else "")
         shape += f", descent {descent}" if descent else ""
         name = f"{shape}, λ = {shrinkage:g}, {sketch} of {sequences}"
-        found.append(Recipe(name, options, shrinkage, sketch, sequences))
+        name += f", bands of {arguments.sketch_band}" if arguments.sketch_band else ""
+        found.append(Recipe(name, options, shrinkage, sketch, sequences, arguments.sketch_band))
     return found
 
 
@@ -115,7 +128,7 @@ def solve(
     metrics = {name: Metric.of(H, recipe.shrinkage) for name, H in sums["moments"].items()}
     for linear in block.linears:
         W, name, inputs = weights[f"{linear.name}.weight"], linear.name, metrics[linear.input]
-        metric = sketch_metric(sums["sketches"][name][recipe.sketch], inputs, recipe.shrinkage)
+        metric = recipe.metric(sums["sketches"][name][recipe.sketch], inputs)
         found: dict[str, tuple[LayerSolution, float]] = {}
         for side, its_metric in ((ONE_SIDED, inputs), (TWO_SIDED, metric)):
             started = time.process_time()
@@ -197,6 +210,7 @@ def main() -> None:
     parser.add_argument("--first-token-share", type=float, default=0.03, help="of its sequence, in moments")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of calibration sequences")
     parser.add_argument("--sketch", nargs="+", default=["B"])
+    parser.add_argument("--sketch-band", type=int, default=0, help="most outputs of a block of the output side")
     parser.add_argument("--folder", type=Path, required=True, help="where moments and sketches are kept, for more rows")
     parser.add_argument("--collect", action="store_true", help="fill the folder, and stop")
     parser.add_argument("--eval-samples", type=int, default=8, help="sequences for every figure")

@@ -83,6 +83,9 @@ class QuantizeConfig:
     sketch: str = option(
         "", "what is kept of the model's own gradients: B, A:R in R rounds, or of outputs alone full, diag or scalar"
     )
+    sketch_band: int = option(
+        8192, "most outputs of a layer whose errors a sketch weighs against each other; 0: all, at the square of memory"
+    )
     scaling: str = option("exact", "what weights the error: the input moment or a cheaper stand-in", choices=SCALINGS)
     calibration: str = option("", "text, jsonl, parquet, a folder of them, any fsspec URL, or a datasets id")
     first_token_share: float = option(
@@ -128,6 +131,7 @@ class QuantizeConfig:
         _require(0.0 <= self.max_bad_rows <= 1.0, "max_bad_rows", "a share from 0 to 1", self.max_bad_rows)
         _check_split(self.split, self.rank)
         _check_sketch(self.sketch)
+        _require(self.sketch_band >= 0, "sketch_band", "0 or more", self.sketch_band)
         if self.rounding == "yaqa":
             # One number for all outputs of a layer would change nothing, and every layer be solved twice alike.
             known = self.sketch not in ("", "scalar")

@@ -77,6 +77,7 @@ REFUSED = [
     ("host_memory", "0", "a size as 8GiB or 80G"),
     ("host_memory", "-1G", "a size as 8GiB or 80G"),
     ("blocks_per_stage", 0, "at least 1"),
+    ("sketch_band", -1, "0 or more"),
     ("sketch", "A", "A:R with R rounds, 1 or more, or one of B, full, diag, scalar"),
     ("sketch", "A:0", "A:R with R rounds"),
     ("sketch", "b", "one of B"),
@@ -208,7 +209,7 @@ CHANGES = {
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2, "sketch": "B", "first_token_share": 0.1,
-    "incoherence": True,
+    "incoherence": True, "sketch_band": 512,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -257,7 +258,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "8d0525cbf2c85f5adf959f3836d10eaadc67686ddd4320a6de9f4d88a00da688"
+    assert fingerprint() == "333810ee71b7eeeeea0d3583db70e020930038dbeeaf92445de91975a77eef06"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -7,6 +7,8 @@ were grouped into messages, nor on the number of workers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,9 @@ _GATHERED = 512
 reads and writes 20 bytes for each of them, however few operations there were."""
 
 
-def moment_bytes(features: int, scaling: str) -> int:
+def moment_bytes(features: int, scaling: str, bands: int = 1) -> int:
     """Memory of one accumulator, in bytes."""
-    return 8 * features * (features if scaling == "exact" else 1)
+    return 8 * math.prod(accumulator_shape(features, scaling, bands))
 
 
 def waiting_bytes(rows: int, features: int, scaling: str) -> int:
@@ -43,19 +45,28 @@ class InputMoment:
     identity   the identity                                                            ZeroQuant-V2
     ========== ======================================================================= ======
 
+    Of an ``exact`` moment in bands only the blocks along the diagonal are summed: what inputs of different bands have
+    to do with each other is left out.
+
     Args:
         features: n, the width of the input.
         scaling: one of the names above.
         device: where the inputs are; products are computed there.
         total: float64 zeros of the accumulator's shape to add into (on another device or mapped from disk when memory
             is short); allocated on ``device`` by default.
+        bands: equal parts of the inputs, one after the other.
     """
 
     def __init__(
-        self, features: int, scaling: str, device: torch.device | str = "cpu", total: Tensor | None = None
+        self,
+        features: int,
+        scaling: str,
+        device: torch.device | str = "cpu",
+        total: Tensor | None = None,
+        bands: int = 1,
     ) -> None:
         self.features, self.scaling = features, scaling
-        shape = accumulator_shape(features, scaling)
+        shape = accumulator_shape(features, scaling, bands)
         self.total = torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total
         if tuple(self.total.shape) != shape or self.total.dtype != torch.float64:
             raise ValueError(f"total: expected float64 {shape}, found {self.total.dtype} {tuple(self.total.shape)}")
@@ -111,8 +122,8 @@ class InputMoment:
         left, right = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*self._waiting, strict=True))
         self._waiting.clear()
         for start, part in self.parts().items():
-            rows, columns = part.shape
-            products = gram(left[:, start : start + rows], right[:, :columns]).to(part.device)
+            (rows, columns), band = part.shape, start - start % self._width
+            products = gram(left[:, start : start + rows], right[:, band : band + columns]).to(part.device)
             for sums, strip in zip(part.split(_STRIP), products.split(_STRIP), strict=True):
                 sums.add_(strip)
 
@@ -135,7 +146,10 @@ class InputMoment:
         self.tokens = self.excluded = self.weight = 0
 
     def value(self) -> Tensor:
-        """H as float64: ``[n, n]`` for ``exact``, else its diagonal ``[n]``. Zeros when no token was seen."""
+        """H as float64: ``[n, n]`` for ``exact``, in bands ``[bands, b, b]``, else its diagonal ``[n]``.
+
+        Zeros when no token was seen.
+        """
         match self.scaling:
             case "identity":
                 return torch.ones(self.features, dtype=torch.float64, device=self.total.device)
@@ -167,17 +181,31 @@ class InputMoment:
         self.settle()
         if self.scaling != "exact":
             return {0: self.total}
-        return {start: self.total[start:stop, :stop] for start, stop in self._panels()}
+        return {
+            band * self._width + start: block[start:stop, :stop]
+            for band, block in enumerate(self._blocks())
+            for start, stop in self._panels()
+        }
+
+    @property
+    def _width(self) -> int:
+        """Of a band."""
+        return self.total.shape[-1]
+
+    def _blocks(self) -> Tensor:
+        return self.total.view(-1, self._width, self._width)
 
     def _panels(self) -> list[tuple[int, int]]:
-        width = -(-self.features // _PANELS)
-        return [(start, min(start + width, self.features)) for start in range(0, self.features, width)]
+        """First and last row of each panel of a block."""
+        panel = -(-self._width // _PANELS)
+        return [(start, min(start + panel, self._width)) for start in range(0, self._width, panel)]
 
     def _mirror(self) -> None:
         """Fill the panels above the diagonal from those below, which alone are added to."""
         self.settle()
-        for start, stop in self._panels():
-            self.total[:start, start:stop] = self.total[start:stop, :start].mT
+        for block in self._blocks():
+            for start, stop in self._panels():
+                block[:start, start:stop] = block[start:stop, :start].mT
 
     def _add_products(self, left: Tensor, right: Tensor) -> None:
         """Add ``leftᵀ right``, as soon as enough rows have come."""
@@ -188,9 +216,11 @@ class InputMoment:
             self._waiting[-1] = left.clone(), right.clone()
 
 
-def accumulator_shape(features: int, scaling: str) -> tuple[int, ...]:
+def accumulator_shape(features: int, scaling: str, bands: int = 1) -> tuple[int, ...]:
     """Shape of an accumulator's float64 tensor."""
-    return (features, features) if scaling == "exact" else (features,)
+    if scaling != "exact":
+        return (features,)
+    return (features, features) if bands == 1 else (bands, features // bands, features // bands)
 
 
 def first_token_weight(share: float, tokens: int) -> int:

@@ -84,13 +84,12 @@ class Collector:
 
     def sketches(self, block: Block) -> dict[str, SketchedLayer]:
         """An empty sketch per selected layer of a block."""
-        kind, found = self.run.config.sketch, {}
+        kind, band, found = self.run.config.sketch, self.run.config.sketch_band, {}
         for linear in block.linears:
             if linear.name in self.run.quantized:
                 m, n = linear.out_features, linear.in_features
-                sides = sketch_sides(kind, m, n).items()
-                totals = {side: self._accumulator(width, scaling) for side, (width, scaling) in sides}
-                found[linear.name] = SketchedLayer(Sketch(kind, m, n, self.device, totals), HeldOut())
+                totals = {name: self._accumulator(*side) for name, side in sketch_sides(kind, m, n, band).items()}
+                found[linear.name] = SketchedLayer(Sketch(kind, m, n, self.device, totals, band), HeldOut())
         return found
 
     def states(self, blocks: Iterable[int]) -> dict[int, KeptStates]:
@@ -104,9 +103,9 @@ class Collector:
         shape = (*self.run.token_ids.shape, hidden_size(self.run.checkpoint))
         return KeptStates(self.scratch, shape, self.run.dtype, self.device)
 
-    def _accumulator(self, features: int, scaling: str) -> Tensor | None:
+    def _accumulator(self, features: int, scaling: str, bands: int = 1) -> Tensor | None:
         """Memory for a moment where the plan wants it; None for beside the weights."""
-        shape = accumulator_shape(features, scaling)
+        shape = accumulator_shape(features, scaling, bands)
         match self.placement:
             case "device":
                 return None

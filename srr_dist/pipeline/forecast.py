@@ -155,9 +155,9 @@ class Costs:
     def sketch(self, index: int, _: Window) -> float:
         """A sequence forward once more, to be kept, and its gradients back, added to the block's sketches."""
         run, block = self.plan.run, self.plan.run.graph.blocks[index]
-        seq_len, kind = run.token_ids.shape[1], run.config.sketch
+        seq_len, sketch = run.token_ids.shape[1], (run.config.sketch, run.config.sketch_band)
         once = operations.passing(block, seq_len, hidden_size(run.checkpoint))
-        return self.of(once + operations.sketching(block, run.quantized, kind, seq_len, once))
+        return self.of(once + operations.sketching(block, run.quantized, *sketch, seq_len, once))
 
     def solving(self, window: Window, later: Window | None) -> tuple[float, float]:
         """Until the last block of a window is stored, and from then until the next window's blocks are read."""
@@ -185,7 +185,8 @@ class Costs:
         """One block's layers, small ones side by side on the threads of a CPU; then its tuning."""
         run, cluster = self.plan.run, self.plan.cluster
         full = run.config.scaling == "exact" and run.calibrated
-        groups = operations.solving(block, run.quantized, run.solve_options(), full=full)
+        band = run.config.sketch_band
+        groups = operations.solving(block, run.quantized, run.solve_options(), full=full, band=band)
         at_once = layers_at_once(block, run.quantized, cluster.cpus, on_gpu=bool(cluster.gpus))
         rates = self.hardware.rates if at_once > 1 else self.rates  # each of them then has one thread
         return side_by_side([group.seconds(rates) for group in groups], at_once) + self._tune(block)

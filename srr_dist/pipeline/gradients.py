@@ -136,7 +136,8 @@ def unsketched(run: Run) -> set[int]:
 def recall(run: Run, linear: Linear) -> SketchedLayer | None:
     """What is kept of a layer's gradients; None where a part of it is not there any more, or damaged."""
     statistics, (m, n) = Statistics(run, run.config.sketch), (linear.out_features, linear.in_features)
-    sketch, found = Sketch(run.config.sketch, m, n), statistics.load_held_out(f"{linear.name}.{_HELD_OUT}")
+    sketch = Sketch(run.config.sketch, m, n, band=run.config.sketch_band)
+    found = statistics.load_held_out(f"{linear.name}.{_HELD_OUT}")
     whole = all(statistics.load(f"{linear.name}.{side}", moment) for side, moment in sketch.sides.items())
     return SketchedLayer(sketch, found) if found is not None and whole else None
 

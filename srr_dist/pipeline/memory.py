@@ -51,6 +51,8 @@ class Workload:
     """Of the adapters."""
     sketch: str = ""
     """Kind of the sketches that gradients are summed in, "" for none."""
+    band: int = 0
+    """Outputs of a block of their output sides, at most; 0 for all."""
     held_out: int = 0
     """Sequences that these do not see."""
     vocabulary: int = 1
@@ -84,6 +86,8 @@ class Need:
     """Host memory of what was solved."""
     packing: int
     """Host memory to pack it and write it down, once the block is solved."""
+    recalled: int = 0
+    """On the host, sums of the sketch with which a layer is solved on a GPU."""
     passing: int = 0
     """Rows that wait to be summed, and what autograd keeps of a pass until gradients come back from behind."""
 
@@ -125,14 +129,16 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
     packing = sum(_packed_bytes(linear.out_features, linear.in_features, work) for linear in layers)
     packing += _PACKING_BYTES * max((linear.out_features * linear.in_features for linear in layers), default=0)
     passing = sum(waiting_bytes(work.seq_len, features, work.scaling) for features in widths)
+    shapes = [(linear.out_features, linear.in_features) for linear in layers]
     if work.sketch:
-        shapes = [(linear.out_features, linear.in_features) for linear in layers]
-        moments = max(moments, sum(sketch_bytes(work.sketch, m, n) for m, n in shapes))
+        moments = max(moments, sum(sketch_bytes(work.sketch, m, n, work.band) for m, n in shapes))
         source = max(source, work.held_out * sum(held_out_bytes(work.seq_len, m, n) for m, n in shapes))
-        passing = 2 * forward + sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n) for m, n in shapes)
+        passing = 2 * forward
+        passing += sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n, work.band) for m, n in shapes)
         forward += max((_back_bytes(m, n, work) for m, n in shapes), default=0)
+    recalled = work.solving.gated * max((sketch_bytes(work.sketch, m, n, work.band) for m, n in shapes), default=0)
     kept = work.copies * weights * work.compute_bytes
-    return Need(kept, source, moments, forward, products, solve, beside, results, packing, passing)
+    return Need(kept, source, moments, forward, products, solve, beside, results, packing, recalled, passing)
 
 
 def choose_holding(
@@ -201,7 +207,8 @@ def _peak(needs: Sequence[Need], count: int, placement: str, work: Workload) -> 
     host = PROCESS_BYTES + sum(need.source for need in largest)
     if work.on_gpu:
         away = sum(moments) if placement == "host" else 0
-        return host + work.outside + away + packing + products * (not beside), max(passing + products * beside, solving)
+        host += work.outside + away + packing + max(need.recalled for need in needs)
+        return host + products * (not beside), max(passing + products * beside, solving)
     solving += results + sum(need.weights for need in largest if not need.source)
     return host + max(passing + products, solving, packing + sum(moments[1:]) * beside), 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 
-from srr_dist.calibration.sketches import sketch_operations, sketch_passes
+from srr_dist.calibration.sketches import output_bands, sketch_operations, sketch_passes
 from srr_dist.checkpoint.graph import Block, shared_inputs
 from srr_dist.pipeline.memory import parameters
 from srr_dist.solve import Quantizer, SolveOptions
@@ -119,12 +119,14 @@ class LayerWork:
         m, n: outputs and inputs.
         options: of the solver.
         full: whether its moment is a matrix, not a diagonal.
+        bands: blocks of the output side, where its metric has one.
     """
 
     m: int
     n: int
     options: SolveOptions
     full: bool
+    bands: int = 1
 
     @property
     def rank(self) -> int:
@@ -151,10 +153,10 @@ class LayerWork:
 
     def two_sided(self) -> Work:
         """The layer once more in the metric of its sketch, where errors go from output to output as well."""
-        m, n = self.m, self.n
         rounded = self.candidates()[1] + (self.options.iterations if self.rank else 0)
-        across = Work(products=m * m * n) + self._fed(self.options.quantizer)
-        return self.solve(across=True) + factored(m) + factored(n) + across * rounded
+        across = Work(products=self._pairs * self.n) + self._fed(self.options.quantizer)
+        factors = factored(self.m // self.bands) * self.bands + factored(self.n)
+        return self.solve(across=True) + factors + across * rounded
 
     def tried(self) -> Work:
         """The k that are tried."""
@@ -188,7 +190,8 @@ class LayerWork:
         work = self._beside(across=across) + self._fed(quantizer)
         work += Work(products=3 * m * n * n, elementwise=m * n * _RESIDUAL_BYTES)
         if across:  # what other rows add to a part's targets, and how the error changes
-            work += Work(products=2 * m * n * n + (2 + 2 / PARTS) * m * m * n, calls=(PARTS - 1) * n * _FEEDBACK_CALLS)
+            calls = (PARTS - 1) * n * self.bands * _FEEDBACK_CALLS
+            work += Work(products=2 * m * n * n + (2 + 2 / PARTS) * self._pairs * n, calls=calls)
         if quantizer.fits:
             work += self.fit() if across else Work(products=2 * m * n * n)
         return work + (self.subspace() if self.rank else self.energy())
@@ -196,8 +199,8 @@ class LayerWork:
     def fit(self) -> Work:
         """Scales that fit codes in both sides of a metric."""
         m, n = self.m, self.n
-        step = Work(products=2 * m * n * (m + n), elementwise=m * n * _FIT_BYTES)
-        return step * (FIT_STEPS + 1) + (self.energy() + Work(products=m * m * n)) * 2
+        step = Work(products=2 * n * (self._pairs + m * n), elementwise=m * n * _FIT_BYTES)
+        return step * (FIT_STEPS + 1) + (self.energy() + Work(products=self._pairs * n)) * 2
 
     def _beside(self, *, across: bool = False) -> Work:
         """What the adapter leaves, and the metric in which it is quantized; ``across``: beyond L as well as R."""
@@ -206,7 +209,15 @@ class LayerWork:
         if not (r and self.full and self.options.rounding_metric == "downdated"):
             return work
         work += self._with_moment(r) + _downdated(n, r)
-        return work + Work(narrow=2 * m * m * r) + _downdated(m, r) + factored(m) if across else work
+        if not across:
+            return work
+        width = m // self.bands
+        return work + Work(narrow=2 * self._pairs * r) + (_downdated(width, r) + factored(width)) * self.bands
+
+    @property
+    def _pairs(self) -> int:
+        """Of outputs that have to do with each other."""
+        return self.m * self.m // self.bands
 
     def rounding(self, quantizer: Quantizer) -> Work:
         """Scales, codes, and their difference from the weight."""
@@ -263,11 +274,14 @@ def factored(n: int) -> Work:
     return Work(cholesky=n**3 / 3, elementwise=56 * n * n)
 
 
-def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, full: bool) -> list[Work]:
+def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, full: bool, band: int = 0) -> list[Work]:
     """What each group of a block's layers that share an input takes, in the block's order."""
     gated = options.quantizer.rounding == "yaqa"
     groups = [
-        [LayerWork(linear.out_features, linear.in_features, options, full) for linear in linears]
+        [
+            LayerWork(each.out_features, each.in_features, options, full, output_bands(each.out_features, band))
+            for each in linears
+        ]
         for linears in shared_inputs(block, quantized)
     ]
     return [
@@ -282,10 +296,11 @@ def passing(block: Block, seq_len: int, hidden_size: int) -> Work:
     return Work(forward=2 * seq_len * parameters(block) + 2 * seq_len**2 * hidden_size)
 
 
-def sketching(block: Block, quantized: frozenset[str], kind: str, seq_len: int, once: Work) -> Work:
+def sketching(block: Block, quantized: frozenset[str], kind: str, band: int, seq_len: int, once: Work) -> Work:
     """One sequence of gradients back through a block, which is run again (``once``) in every pass, and its sketches."""
     shapes = [(linear.out_features, linear.in_features) for linear in block.linears if linear.name in quantized]
-    return once * (3 * sketch_passes(kind)) + Work(moments=sum(sketch_operations(kind, seq_len, *s) for s in shapes))
+    summed = sum(sketch_operations(kind, seq_len, m, n, band) for m, n in shapes)
+    return once * (3 * sketch_passes(kind)) + Work(moments=summed)
 
 
 def moments(block: Block, quantized: frozenset[str], seq_len: int, scaling: str, *, away: bool) -> Work:

@@ -13,7 +13,6 @@ from srr_dist.pipeline.memory import Budget, Holding, Need, Workload, adapter_by
 from srr_dist.pipeline.run import Run, dtype_name
 from srr_dist.pipeline.solve_memory import Solving
 from srr_dist.pipeline.windows import Window, all_windows
-from srr_dist.solve import COSINE_OF
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,13 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
             and run.config.rounding_metric == "downdated",
             code_bytes=run.grid.dtype.itemsize,
             tuned=run.config.tune_steps > 0,
-            judged_by=min(run.held_out, COSINE_OF) if run.config.rounding == "yaqa" else 0,
+            gated=run.config.rounding == "yaqa",
+            band=run.config.sketch_band,
         ),
         bits=run.config.bits,
         rank=rank,
         sketch=run.config.sketch,
+        band=run.config.sketch_band,
         held_out=run.held_out,
         vocabulary=run.checkpoint.config.get_text_config().vocab_size,
         threads=cluster.cpus,

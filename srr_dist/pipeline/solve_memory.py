@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srr_dist.calibration import moment_bytes
+from srr_dist.calibration.sketches import output_bands
 from srr_dist.checkpoint.graph import Linear
 
 _Groups = Sequence[Sequence[Linear]]
@@ -25,7 +26,8 @@ class Solving:
         downdated: whether iterations and descent work beyond the adapter, in a moment of each layer's own.
         code_bytes: of a code that is not packed.
         tuned: whether layers are tuned and measured again after that, so that moments stay.
-        judged_by: held-out gradients that choose between the solutions with and without a sketch; 0 without one.
+        gated: whether there is a solution for a sketch besides, and gradients choose between the two.
+        band: outputs of a block of a sketch's output side, at most; 0 for all.
     """
 
     feedback: bool = False
@@ -33,7 +35,8 @@ class Solving:
     downdated: bool = False
     code_bytes: int = 1
     tuned: bool = False
-    judged_by: int = 0
+    gated: bool = False
+    band: int = 0
 
 
 def solve_bytes(groups: _Groups, solving: Solving, scaling: str, at_once: int, *, on_gpu: bool) -> int:
@@ -85,13 +88,19 @@ def _peak(group: Sequence[Linear], solving: Solving, scaling: str) -> int:
         # one's factor or damped copy.
         kept = 1 + feedback + downdated + (solving.descent or downdated)
         phases.append(weights * (20 + codes + solving.code_bytes) + 4 * kept * moment)
-    return max(phases) + (_two_sided(m, n, solving.judged_by) if solving.judged_by else 0)
+    return max(phases) + (_two_sided(m, n, solving) if solving.gated else 0)
 
 
-def _two_sided(m: int, n: int, judged_by: int) -> int:
-    """Beside that: the sides of a sketch in float64, used and factored; gradients; and the antidiagonals of rounding.
+def _two_sided(m: int, n: int, solving: Solving) -> int:
+    """Beside that: the sides of a sketch, used and factored, and what rounding or descent has of its own.
 
-    These take five numbers at each place of m + n antidiagonals, and the errors of complete tiles twice. Outputs have
-    two sides, whose mean is used.
+    Rounding has copies of the factors, that of one once more, and antidiagonals: five numbers at each place of m + n of
+    them, and the errors of complete tiles twice; outputs go band by band. Descent has what conjugate gradients keep of
+    the scales' points, and the output side beyond an adapter. The gate, with two errors and two gradients, has less.
     """
-    return 20 * (m * m + n * n) + 8 * m * m + 4 * (judged_by * m * n + 5 * (m + n) * min(m, n) + 2 * m * n)
+    bands = output_bands(m, solving.band)
+    outputs, width = m * m // bands, m // bands
+    factors = width**2 + n * n + max(width, n) ** 2
+    diagonals = 5 * (width + n) * min(width, n) + 2 * width * n
+    descent = 5 * m * n + 2 * outputs * solving.downdated
+    return 8 * (outputs + n * n) + 4 * max(factors + diagonals, descent)

@@ -51,14 +51,14 @@ class Statistics:
     Args:
         run: the run.
         sketch: a kind of sketch, to have what is kept of these instead, for all runs that share model, tokens, forward
-            passes, kind and the seed of the labels.
+            passes, kind, width of bands and the seed of the labels.
     """
 
     def __init__(self, run: Run, sketch: str = "") -> None:
         self._store = ObjectStore(run.statistics) if run.statistics else None
         kind: dict[str, str | int]
         if sketch:
-            kind = {"sketch": sketch, "seed": run.config.seed}
+            kind = {"sketch": sketch, "band": run.config.sketch_band, "seed": run.config.seed}
         else:
             kind = {"scaling": run.config.scaling, "first_token_weight": run.first_token_weight}
         self._identity = encode(

@@ -35,7 +35,7 @@ def solve_gated(run: Run, linear: Linear, W: Tensor, inputs: Metric) -> LayerSol
     kept = recall(run, linear)
     if kept is None:
         raise StoreError(f"layer {linear.name}: what its gradients left is not kept any more, or was damaged")
-    metric = sketch_metric(kept.sketch.value(), inputs, run.config.shrinkage)
+    metric = sketch_metric(kept.sketch.take(), inputs, run.config.shrinkage)
     options = run.solve_options()
     solutions = {
         side: solve_layer(W, its_metric, linear.name, options)

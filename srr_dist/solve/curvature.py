@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from srr_dist.solve.metric import Metric, inner
+from srr_dist.solve.metric import Metric, diagonal_of, inner
 
 ONE_SIDED, TWO_SIDED = "one-sided", "two-sided"
 """Solutions in the metric of a layer's inputs, and in that of its sketch."""
@@ -29,7 +29,7 @@ DOUBT = 1.0
 ruled by one or two of them, and one alone comes to a single standard error."""
 
 COSINE_OF = 8
-"""Gradients that a cosine compares, all of them held at once."""
+"""Gradients that a cosine compares, in pairs."""
 
 
 def sketch_metric(sides: Mapping[str, Tensor], inputs: Metric, shrinkage: float) -> Metric:
@@ -39,18 +39,21 @@ def sketch_metric(sides: Mapping[str, Tensor], inputs: Metric, shrinkage: float)
     diagonal 1: the input side with the moment of the inputs, the output side with that of the gradients.
 
     Args:
-        sides: ``output`` ``[m, m]``, ``[m]`` or ``[1]``; where the sketch has them ``input`` ``[n, n]``, and of single
-            tokens the output side ``tokens`` ``[m, m]``.
+        sides: ``output`` ``[m, m]``, in bands ``[bands, b, b]``, ``[m]`` or ``[1]``; where the sketch has them
+            ``input`` ``[n, n]``, and of single tokens the output side ``tokens``, of the shape of ``output``.
         inputs: the metric of the layer's inputs.
         shrinkage: of the sides, as of a moment.
     """
-    H = {side: factor.to(inputs.H.device) for side, factor in sides.items()}
-    own = Metric.of(H["input"], shrinkage) if "input" in H else inputs
-    if H["output"].shape == (1,):  # the same for all outputs of a layer
+
+    def of(side: str) -> Metric:  # one after the other, since each is large, and comes in float64
+        return Metric.of(sides[side].to(inputs.H.device), shrinkage)
+
+    own = of("input") if "input" in sides else inputs
+    if sides["output"].shape == (1,):  # the same for all outputs of a layer
         return own
-    outputs = Metric.of(H["output"], shrinkage)
-    if "tokens" in H:
-        own, outputs = _averaged(own, inputs), _averaged(outputs, Metric.of(H["tokens"], shrinkage))
+    outputs = of("output")
+    if "tokens" in sides:
+        own, outputs = _averaged(own, inputs), _averaged(outputs, of("tokens"))
     return own.beside(outputs)
 
 
@@ -60,7 +63,7 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
     Args:
         errors: float32 ``[m, n]``, ``W − Ŵ`` of the ``ONE_SIDED`` and of the ``TWO_SIDED`` solution.
         metric: that of the two-sided one.
-        gradients: float32 ``[m, n]``, of the sequences held out; each is asked for twice at most, and let go.
+        gradients: float32 ``[m, n]``, of the sequences held out, which are asked for one or two at a time.
 
     Returns:
         ``chosen``, the two-sided one unless its estimate is more than ``DOUBT`` standard errors above the other's, or
@@ -73,7 +76,7 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
             slopes[side].append(inner(error, G))
     estimates = {side: _mean_square(along) for side, along in slopes.items()}
     worse, doubt = _worse(slopes[TWO_SIDED], slopes[ONE_SIDED])
-    few = [gradients[sequence] for sequence in range(min(len(gradients), COSINE_OF))]
+    few = gradients[:COSINE_OF]
     return {
         "chosen": TWO_SIDED if worse <= DOUBT * doubt else ONE_SIDED,
         "second_order": {side: _number(estimate) for side, estimate in estimates.items()},
@@ -103,12 +106,12 @@ def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
     bias; so the estimate may exceed 1 where there are few. ``H_O`` counts as it is, without damping.
     """
     count, outputs = len(gradients), metric.outputs
-    projection = 0.0
-    for G in gradients:
+    projection, pairs = 0.0, list[float]()
+    for number, G in enumerate(gradients):
         both = metric.right(G)
         projection += inner(both if outputs is None else outputs.left(both), G) / count
-    pairs = [inner(gradients[a], gradients[b]) ** 2 for a in range(count) for b in range(a)]
-    H_O = gradients[0].shape[0] if outputs is None else inner(outputs.H, outputs.H)  # the identity's
+        pairs += [inner(G, other) ** 2 for other in gradients[:number]]
+    H_O = len(gradients[0]) if outputs is None else inner(outputs.H, outputs.H)  # the identity's
     return projection / math.sqrt(inner(metric.H, metric.H) * H_O * sum(pairs) / len(pairs))
 
 
@@ -116,7 +119,8 @@ def _averaged(own: Metric, other: Metric) -> Metric:
     """The mean of both, in the memory of the first, which is full unless no gradient has reached the layer."""
     if not own.diagonal:
         H = own.H.mul_(SEQUENCES_SHARE)
-        (H.diagonal() if other.diagonal else H).add_(other.H, alpha=1.0 - SEQUENCES_SHARE)
+        to = diagonal_of(H) if other.diagonal else H
+        to.add_(other.H.view_as(to), alpha=1.0 - SEQUENCES_SHARE)
     return own
 
 

@@ -66,7 +66,7 @@ def descend_across(W: Tensor, codes: Tensor, scale: Tensor, grid: Grid, metric: 
         codes: of the grid's type ``[m, n]``, where to begin.
         scale: bfloat16 ``[m, groups]``.
         grid: of the codes.
-        metric: of n inputs and m outputs, both sides full.
+        metric: of n inputs and m outputs, both sides full, each in one block.
 
     Returns:
         As codes; their error is not larger.

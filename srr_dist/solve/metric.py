@@ -3,7 +3,8 @@
 ``tr(E H Eᵀ)`` weighs errors by the moment of the layer's inputs. With a moment ``H_O: [m, m]`` of its outputs beside
 it the error is ``tr(H_O E H Eᵀ)`` (YAQA, arXiv 2505.22988; there both come from gradients of the network's own loss).
 For ``H_O = C Cᵀ`` it is that of ``Cᵀ E`` in the metric of the inputs, so that whatever is known of one side holds for
-both once rows are whitened: the best ``L R`` for E has ``Cᵀ L R`` best for ``Cᵀ E``.
+both once rows are whitened: the best ``L R`` for E has ``Cᵀ L R`` best for ``Cᵀ E``. ``H_O`` of many outputs may be
+known in bands alone, blocks along its diagonal: each then has a root, and a feedback, of its own.
 
 Thin factorizations and float64 products with a small result run on one thread: they split their sums by the thread
 count and change their last bits with it, and results must not depend on how many cores a worker was given. Wide
@@ -12,6 +13,7 @@ float32 products do not (``lowrank.block_size`` keeps them wide).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +30,8 @@ class Metric:
     """``‖E‖²_H = tr(E H Eᵀ)`` for a moment H that may be full or diagonal, or ``tr(H_O E H Eᵀ)`` with an output side.
 
     Attributes:
-        H: float32 ``[n, n]`` or, when diagonal, ``[n]``; scaled so that its mean diagonal is 1.
+        H: float32 ``[n, n]`` or, when diagonal, ``[n]``, of an output side also ``[bands, b, b]``; scaled so that its
+            mean diagonal is 1.
         unit: what one unit of the scaled metric is worth, so that ``unit · tr(E H Eᵀ)`` is ``E‖x Eᵀ‖²``.
         outputs: the output side, a metric of m outputs with ``H_O`` in the place of H; None where all count alike. It
             is used damped as for feedback, throughout and not for rounding alone, since its root is inverted.
@@ -42,20 +45,20 @@ class Metric:
 
     @staticmethod
     def of(moment: Tensor, shrinkage: float = 0.0) -> Metric:
-        """The metric of a moment ``[n, n]`` or ``[n]`` (any float type). A moment of zeros gives the identity.
+        """The metric of a moment, of any float type and a shape of H. A moment of zeros gives the identity.
 
         An input that no calibration token reached (a dead expert) says nothing of which error matters, so that all
         directions count alike, with unit 0. ``shrinkage`` adds that share of the mean diagonal to the diagonal: errors
         of earlier layers reach directions which the original inputs hardly touch.
         """
-        diagonal = moment.diagonal() if moment.dim() == 2 else moment
+        diagonal = diagonal_of(moment)
         mean = float(diagonal.double().mean())
         if mean <= 0.0:
-            return Metric(torch.ones(moment.shape[0], device=moment.device), 0.0)
+            return Metric(torch.ones(diagonal.numel(), device=moment.device), 0.0)
         H = torch.empty(moment.shape, dtype=torch.float32, device=moment.device)
-        for part, of in zip(H.split(_STRIP), moment.split(_STRIP), strict=True):
+        for part, of in zip(*(each.reshape(-1, each.shape[-1]).split(_STRIP) for each in (H, moment)), strict=True):
             torch.div(of, mean, out=part)
-        (H.diagonal() if H.dim() == 2 else H).add_(shrinkage)
+        diagonal_of(H).add_(shrinkage)
         return Metric(H, mean)
 
     def beside(self, outputs: Metric) -> Metric:
@@ -75,7 +78,19 @@ class Metric:
     @property
     def weights(self) -> Tensor:
         """The diagonal of H, ``[n]``."""
-        return self.H if self.diagonal else self.H.diagonal()
+        return diagonal_of(self.H).flatten()
+
+    @cached_property
+    def bands(self) -> tuple[Metric, ...]:
+        """One metric for each band of consecutive outputs, in the same units; itself where there is one block alone."""
+        return tuple(Metric(H, self.unit) for H in self.H) if self.H.dim() == 3 else (self,)
+
+    def by_band(self, of: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """``of`` each band of an output side and its part of some rows ``[m, ...]``, one below the other."""
+        if len(self.bands) == 1:
+            return of(self, *rows)
+        parts = zip(self.bands, *(each.chunk(len(self.bands)) for each in rows), strict=True)
+        return torch.cat([of(*part) for part in parts])
 
     @property
     def separate(self) -> bool:
@@ -90,7 +105,9 @@ class Metric:
 
     @property
     def damping(self) -> float:
-        """What is added to the diagonal where H is used damped, as a share of its mean."""
+        """What is added to the diagonal where H is used damped, as a share of its mean; in bands, the most."""
+        if len(self.bands) > 1:
+            return max(band.damping for band in self.bands)
         return DAMPING if self.diagonal else self.feedback.damping
 
     def beyond(self, R: Tensor) -> Metric:
@@ -102,23 +119,18 @@ class Metric:
         HR = self.left(R.mT)
         values, V = eigh(gram(R.mT, HR))
         V = V * torch.where(values > _RANK_SHARE * values[0], values, torch.inf).rsqrt()
+        rest = self.H.double()
         with one_thread():
-            taken = HR.double() @ V
-            rest = self.H.double().addmm_(taken, taken.mT, alpha=-1.0)
-        rest.diagonal().clamp_(min=0.0)
+            blocks = rest.view(-1, *rest.shape[-2:])
+            for block, taken in zip(blocks, (HR.double() @ V).chunk(len(blocks)), strict=True):
+                block.addmm_(taken, taken.mT, alpha=-1.0)
+        diagonal_of(rest).clamp_(min=0.0)
         metric = Metric.of(rest)
         return replace(metric, unit=metric.unit * self.unit, outputs=self.outputs)
 
     def whitened(self, E: Tensor) -> Tensor:
         """``Cᵀ E: [m, b]`` in float32, rows in the order of the output side's feedback; E itself without one."""
-        if self.outputs is None:
-            return E
-        if self.outputs.diagonal:
-            return E * (self.outputs.H + DAMPING).sqrt().unsqueeze(1)
-        side, thin = self.outputs.feedback, E.shape[1] < _THIN
-        with one_thread() if thin else nullcontext():
-            mixed: Tensor = side.U.mT @ E[side.order]
-        return mixed.mul_(side.D.sqrt().unsqueeze(1))
+        return E if self.outputs is None else self.outputs.by_band(Metric._rooted, E)
 
     def unwhitened(self, U: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         """L and R of ``U R``, an approximation of whitened rows, with columns of length 1 in L, in float64 on the way.
@@ -129,9 +141,17 @@ class Metric:
         """
         if self.outputs is None:
             return U, R
-        L = self.outputs._unrooted(U.double())
+        L = self.outputs.by_band(Metric._unrooted, U.double())
         lengths = L.norm(dim=0)
         return (L / lengths).float(), (R.double() * lengths.unsqueeze(1)).float()
+
+    def _rooted(self, X: Tensor) -> Tensor:
+        """``Cᵀ X`` of this H, in one block, in the order of its feedback."""
+        if self.diagonal:
+            return X * (self.H + DAMPING).sqrt().unsqueeze(1)
+        with one_thread() if X.shape[1] < _THIN else nullcontext():
+            mixed: Tensor = self.feedback.U.mT @ X[self.feedback.order]
+        return mixed.mul_(self.feedback.D.sqrt().unsqueeze(1))
 
     def _unrooted(self, X: Tensor) -> Tensor:
         """``C⁻ᵀ X`` of this H, float64."""
@@ -158,13 +178,16 @@ class Metric:
     def both(self, E: Tensor) -> Tensor:
         """``H_O E H: [m, n]``; ``E H`` without an output side."""
         across = self.right(E)
-        if self.outputs is None:
-            return across
-        return self.outputs.left(across).add_(across, alpha=self.outputs.damping)
+        return across if self.outputs is None else self.outputs.by_band(Metric._damped_left, across)
 
     def left(self, X: Tensor) -> Tensor:
         """``H X`` for ``X: [n, b]``."""
+        if len(self.bands) > 1:
+            return self.by_band(Metric.left, X)
         return self.H[:, None] * X if self.diagonal else self.H @ X
+
+    def _damped_left(self, X: Tensor) -> Tensor:
+        return self.left(X).add_(X, alpha=self.damping)
 
     def energy(self, E: Tensor) -> float:
         """``‖E‖²_H = tr(E H Eᵀ)`` of ``E: [m, n]``, float32 products added up in float64.
@@ -206,6 +229,11 @@ _RANK_SHARE = 1e-10
 
 _STRIP = 512
 """Rows of a float64 moment that become float32 at once: a CPU divides them in float64 first, in memory of their own."""
+
+
+def diagonal_of(H: Tensor) -> Tensor:
+    """A view of the diagonal, ``[n]`` or ``[bands, b]``."""
+    return H if H.dim() == 1 else H.diagonal(dim1=-2, dim2=-1)
 
 
 def less(E: Tensor, L: Tensor, R: Tensor) -> Tensor:

@@ -42,8 +42,7 @@ class Quantizer:
         """Codes, of the grid's type ``[m, n]``, and scales, bfloat16 ``[m, groups]``."""
         scale, zero = self._scales(W, metric)
         if self._crosses(metric):
-            assert metric.outputs is not None
-            return yaqa(W, scale, self.grid, metric.feedback, metric.outputs.feedback, zero), scale
+            return self._crossed(W, metric, scale, zero), scale
         if self._feeds_back(metric):
             return gptq(W, scale, self.grid, metric.feedback, zero), scale
         return self.grid.encode(W, scale, zero), scale
@@ -56,12 +55,31 @@ class Quantizer:
     def descend(self, W: Tensor, metric: Metric, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Better codes, and scales if they may be chosen, from given ones, in a metric whose input side is full."""
         if self._crosses(metric):
-            codes = descend_across(W, codes, scale, self.grid, metric)
+            codes = self._descended(W, metric, codes, scale)
             return codes, fit_scales(W, codes, scale, self.grid, metric) if self.fits else scale
         codes = descend_codes(W, codes, scale, self.grid, pulls(metric.H))
         if self.fits:
             scale = descend_scales(W, codes, scale, self.grid, metric)
         return codes, scale
+
+    def _crossed(self, W: Tensor, metric: Metric, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes with feedback both ways; outputs of different bands have nothing to do with each other."""
+        outputs, inputs = metric.outputs, metric.feedback
+        assert outputs is not None
+
+        def codes(band: Metric, W: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+            return yaqa(W, scale, self.grid, inputs, band.feedback, zero)
+
+        return outputs.by_band(codes, W, scale, *(() if zero is None else (zero,)))
+
+    def _descended(self, W: Tensor, metric: Metric, codes: Tensor, scale: Tensor) -> Tensor:
+        """Codes that descend both ways, band by band."""
+        assert metric.outputs is not None
+
+        def better(band: Metric, W: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+            return descend_across(W, codes, scale, self.grid, metric.inputs.beside(band))
+
+        return metric.outputs.by_band(better, W, codes, scale)
 
     @property
     def fits(self) -> bool:

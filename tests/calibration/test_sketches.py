@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from srr_dist.calibration import sketches
@@ -15,7 +17,9 @@ from srr_dist.calibration.sketches import (
     Sketch,
     gradient_is_cheaper,
     held_out_bytes,
+    output_bands,
     sketch_bytes,
+    sketch_operations,
     sketch_passes,
     sketch_waiting_bytes,
 )
@@ -41,8 +45,8 @@ def pairs(shape: tuple[int, int, int], count: int = 6, dtype: torch.dtype = torc
     return found
 
 
-def summed(kind: str, data: list[Pair]) -> Sketch:
-    sketch = Sketch(kind, data[0][1].shape[1], data[0][0].shape[1])
+def summed(kind: str, data: list[Pair], band: int = 0) -> Sketch:
+    sketch = Sketch(kind, data[0][1].shape[1], data[0][0].shape[1], band=band)
     for _ in range(sketch_passes(kind)):
         for x, g in data:
             sketch.update(x, g)
@@ -50,7 +54,13 @@ def summed(kind: str, data: list[Pair]) -> Sketch:
     return sketch
 
 
-def by_definition(kind: str, data: list[Pair]) -> dict[str, Tensor]:
+def blocks(H: Tensor, bands: int) -> Tensor:
+    """Those of a matrix along its diagonal: ``[bands, b, b]``."""
+    width = len(H) // bands
+    return torch.stack([H[start : start + width, start : start + width] for start in range(0, len(H), width)])
+
+
+def by_definition(kind: str, data: list[Pair], bands: int = 1) -> dict[str, Tensor]:
     data = [(x.double(), g.double()) for x, g in data]
     x, g = torch.cat([x for x, _ in data]), torch.cat([g for _, g in data])
     full = g.mT @ g / len(g)
@@ -69,6 +79,7 @@ def by_definition(kind: str, data: list[Pair]) -> dict[str, Tensor]:
     H_I = x.mT @ x / len(x)
     for _ in range(int(kind[2:])):
         H_O = torch.einsum("ti,ij,tj,tp,tq->pq", x, H_I, x, g, g) / len(x) / H_I.square().sum()
+        H_O = torch.block_diag(*blocks(H_O, bands))
         H_I = torch.einsum("tp,pq,tq,ti,tj->ij", g, H_O, g, x, x) / len(x) / H_O.square().sum()
     return {"output": H_O, "input": H_I}
 
@@ -85,11 +96,29 @@ def test_factors_are_those_of_float64(kind, shape, dtype):
         assert float(error) < 3e-6, side
 
 
+@pytest.mark.parametrize(("shape", "band"), [(TALL, 5), (WIDE, 8)], ids=str)
+@pytest.mark.parametrize("kind", ["B", "A:1", "A:2", "full"])
+def test_output_side_of_a_tall_layer_is_the_blocks_along_its_diagonal(kind, shape, band):
+    data = pairs(shape)
+    found, expected = summed(kind, data, band).value(), by_definition(kind, data, bands=3)
+    bands = {side: blocks(H, 1 if side == "input" else 3).squeeze(0) for side, H in expected.items()}
+    assert {side: factor.shape for side, factor in found.items()} == {side: H.shape for side, H in bands.items()}
+    for side, factor in found.items():
+        assert float((factor - bands[side]).norm() / bands[side].norm()) < 3e-6, side
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_bands_are_as_few_equal_ones_as_are_narrow_enough(m, most):
+    bands = output_bands(m, most)
+    enough = [count for count in range(1, m + 1) if m % count == 0 and (most == 0 or m // count <= most)]
+    assert bands == min(enough)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(512, 96, 160), (64, 192, 320)], ids=str)
-def test_factors_are_bitwise_the_same_for_any_threads(kind, shape):
+@pytest.mark.parametrize(("shape", "band"), [((512, 96, 160), 0), ((64, 192, 320), 0), ((64, 192, 320), 64)], ids=str)
+def test_factors_are_bitwise_the_same_for_any_threads(kind, shape, band):
     data = pairs(shape, count=2)
-    first, second = (with_threads(n, lambda: summed(kind, data).value()) for n in (1, 2))
+    first, second = (with_threads(n, lambda: summed(kind, data, band).value()) for n in (1, 2))
     assert all(torch.equal(first[side], second[side]) for side in first)
 
 
@@ -112,6 +141,12 @@ def test_factors_do_not_depend_on_whether_the_gradient_is_formed(monkeypatch, sh
 )
 def test_gradient_is_formed_where_that_takes_fewer_operations(shape, expected):
     assert gradient_is_cheaper(*shape) is expected
+
+
+def test_narrow_bands_take_fewer_operations():
+    for kind in ("B", "A:1", "full"):
+        wide, narrow = (sketch_operations(kind, 128, 1536, 576, band) for band in (0, 512))
+        assert narrow < 0.8 * wide
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,14 +175,16 @@ def test_sequence_that_is_not_finite_is_left_out_whole_and_counted(kind, spoiled
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sketch_bytes_is_the_size_of_the_sums_and_of_a_weight(kind):
-    sketch = Sketch(kind, 12, 20)
+@pytest.mark.parametrize(("m", "band"), [(12, 0), (12, 6), (48, 24), (48, 12)])
+def test_sketch_bytes_is_the_size_of_the_sums_and_of_a_weight(kind, m, band):
+    sketch = Sketch(kind, m, 20, band=band)
     sums = sum(side.total.nbytes for side in sketch.sides.values())
-    for x, g in pairs(TALL, count=1):
+    ((x, g),), weight = pairs((90, m, 20), count=1), 0
+    for _ in range(sketch_passes(kind)):
         sketch.update(x, g)
         sketch.turn()
-    weight = sketch._weight.nbytes if sketch._weight is not None else 0
-    assert sketch_bytes(kind, 12, 20) == sums + weight
+        weight = max(weight, sketch._weight.nbytes if sketch._weight is not None else 0)
+    assert sketch_bytes(kind, m, 20, band) == sums + weight
     assert bool(weight) == kind.startswith("A:")
 
 

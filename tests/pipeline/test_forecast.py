@@ -113,6 +113,20 @@ def test_a_metric_of_two_sides_costs_feedback_and_descent_along_outputs_as_well(
     assert moving.two_sided().calls - still.two_sided().calls == 2 * 8 * n * 9
 
 
+def test_outputs_in_bands_have_less_to_do_with_each_other():
+    options = replace(
+        OPTIONS, quantizer=Quantizer(make_grid("int", 3, 32), "search", "yaqa"), descent=2, rounding_metric="downdated"
+    )
+    whole, banded = (LayerWork(64, 32, options, full=True, bands=bands) for bands in (1, 4))
+    assert whole.solve() == banded.solve()
+    both = whole.two_sided(), banded.two_sided()
+    assert both[0].products - both[1].products == pytest.approx(0.75 * 64 * 64 * 32 * (3 + 2 * (2.25 + 2 * 7 + 2)))
+    assert both[0].cholesky - both[1].cholesky == pytest.approx((64**3 - 4 * 16**3) / 3 * (1 + 2))
+    alone = Block(0, "b", (), (Linear("q", 64, 32, "q"),), 0)
+    groups = [operations.solving(alone, frozenset({"q"}), options, full=True, band=band) for band in (0, 16)]
+    assert groups[0][0].products - groups[1][0].products == pytest.approx(both[0].products - both[1].products)
+
+
 def test_looking_codes_up_costs_bytes_wherever_codes_are_taken():
     table, integers = (Quantizer(make_grid(grid, 4, 32), "absmax", "gptq") for grid in ("nf4", "int"))
     more, less = (LayerWork(10, 64, replace(OPTIONS, quantizer=q), full=True) for q in (table, integers))

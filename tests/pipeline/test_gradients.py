@@ -121,13 +121,15 @@ def by_the_whole_model(model: Path, run: Run) -> dict[str, list[tuple[Tensor, Te
     return found
 
 
-@pytest.mark.parametrize("kind", ["B", "A:1", "full", "diag", "scalar"])
-def test_sketches_kept_are_those_of_the_whole_models_gradients(model, text, tmp_path, kind):
-    run = walked(a_run(model, text, tmp_path, sketch=kind), 1, 2)
+@pytest.mark.parametrize(
+    ("kind", "band"), [("B", 0), ("A:1", 0), ("full", 0), ("diag", 0), ("scalar", 0), ("B", 16), ("A:1", 16)]
+)
+def test_sketches_kept_are_those_of_the_whole_models_gradients(model, text, tmp_path, kind, band):
+    run = walked(a_run(model, text, tmp_path, sketch=kind, sketch_band=band), 1, 2)
     data = by_the_whole_model(model, run)
     assert data.keys() == run.quantized
     for linear in (linear for block in run.graph.blocks for linear in block.linears):
-        found, expected = recall(run, linear), Sketch(kind, linear.out_features, linear.in_features)
+        found, expected = recall(run, linear), Sketch(kind, linear.out_features, linear.in_features, band=band)
         assert found is not None
         *seen, unseen = data[linear.name]  # an eighth is held out, or one
         for _ in range(sketch_passes(kind)):
@@ -170,7 +172,14 @@ def test_sketches_are_those_of_any_recipe_and_of_no_other_seed_or_kind(model, te
         {"scaling": "diag"},
     ):
         assert not unsketched(a_run(model, text, folder, **same))
-    for other in ({"seed": 1}, {"sketch": "diag"}, {"sketch": "A:1"}, {"num_samples": 4}, {"dtype": "bfloat16"}):
+    for other in (
+        {"seed": 1},
+        {"sketch": "diag"},
+        {"sketch": "A:1"},
+        {"sketch_band": 16},
+        {"num_samples": 4},
+        {"dtype": "bfloat16"},
+    ):
         assert unsketched(a_run(model, text, folder, **other)) == {0, 1, 2}
     assert unsketched(a_run(model, text, folder, sketch="")) == set()
 

@@ -211,6 +211,17 @@ def test_no_rows_wait_where_sequences_are_long():
     assert block_need(block(0), 0, workload(seq_len=512)).passing == 0
 
 
+def test_host_has_room_for_the_sketch_that_a_gpu_solves_with():
+    plain, gated = (
+        block_need(block(0), 0, workload(on_gpu=True, sketch="B", held_out=3, solving=Solving(gated=gated)))
+        for gated in (False, True)
+    )
+    assert (plain.recalled, gated.recalled) == (0, 8 * (2 * 64 * 64 + 128 * 128))
+    budget = Budget(PROCESS_BYTES + 10**4 * MIB, 10**4 * MIB)
+    little, more = (hold([replace(need(), recalled=size * MIB)] * 2, budget) for size in (0, 7))
+    assert more.host_bytes - little.host_bytes == 7 * MIB
+
+
 def test_where_gradients_begin_there_is_room_for_the_logits_of_as_many_tokens_as_are_taken_at_once():
     def of(vocabulary: int) -> int:
         return block_need(block(0), 0, workload(sketch="B", held_out=3, vocabulary=vocabulary)).forward
@@ -229,5 +240,7 @@ def test_stage_needs_room_for_moments_or_for_sketches_whichever_is_more():
     assert plain.passing == sum(4 * 2 * 480 * width for width in (64, 128))
     assert sketched.passing == 2 * plain.forward + sum(sketch_waiting_bytes("B", 32, m, n) for m, n in shapes)
     assert block_need(block(0), 10**9, workload(sketch="B", held_out=3)).source == 10**9
+    banded = block_need(block(0), 0, workload(sketch="B", held_out=3, band=16))
+    assert banded.moments == sum(8 * (2 * m * 16 + n * n) for m, n in shapes)
     assert block_need(block(0), 0, workload(sketch="diag")).moments == plain.moments
     assert block_need(block(0), 0, workload(sketch="A:1")).moments > sketched.moments

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from srr_dist.calibration import InputMoment
+from srr_dist.calibration.sketches import HeldOut, Sketch
 from srr_dist.checkpoint.graph import Linear
+from srr_dist.pipeline import two_sided
+from srr_dist.pipeline.collecting import SketchedLayer
 from srr_dist.pipeline.solve_memory import Solving, solve_bytes, solve_bytes_beside
 from srr_dist.solve import Metric, Quantizer, SolveOptions, make_grid, solve_layer
 
@@ -99,6 +103,42 @@ def test_factoring_the_moment_is_what_a_wide_layer_needs_most_for():
     assert beyond - fed == 8 * n * n  # a factor, and the downdated moment
     diagonal = (Solving(), Solving(feedback=True, descent=True, downdated=True))
     assert len({solve_bytes(layers((64, n)), solving, "diag", 1, on_gpu=False) for solving in diagonal}) == 1
+
+
+@pytest.mark.parametrize(("shape", "band"), [((512, 512), 0), ((256, 768), 0), ((768, 256), 0), ((1152, 384), 384)])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_bytes_of_a_gated_solution_are_those_of_the_tensors_that_are_alive(shape, band, rank, monkeypatch):
+    (m, n), generator = shape, torch.Generator().manual_seed(0)
+    options = replace(WHOLE, quantizer=Quantizer(make_grid("int", 3, 64), "search", "yaqa"))
+    options = replace(options, rank=rank) if rank else replace(options, method="none")
+    x, g = (torch.randn(64, width, generator=generator) for width in (n, m))
+    W, H = torch.randn(m, n, generator=generator), x.mT @ x
+
+    def recall(*_: Any) -> SketchedLayer:
+        layer = SketchedLayer(Sketch("B", m, n, band=band), HeldOut([(x, g)] * 3))
+        layer.sketch.update(x, g)
+        return layer
+
+    monkeypatch.setattr(two_sided, "recall", recall)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(shrinkage=0.1), grid=options.quantizer.grid, solve_options=lambda: options
+    )
+    linear = Linear("layer", m, n, "layer")
+    solving = Solving(feedback=True, descent=True, downdated=rank > 0, gated=True, band=band)
+    with Alive() as alive:
+        two_sided.solve_gated(run, linear, W.clone(), Metric.of(H, 0.1))
+    planned = solve_bytes(layers(shape), solving, "exact", 1, on_gpu=False)
+    assert 0.85 * planned < alive.most < 1.15 * planned
+
+
+def test_bands_keep_the_output_side_of_a_tall_layer_small():
+    m, n = 53248, 16384
+    whole, banded = (
+        solve_bytes(layers((m, n)), Solving(feedback=True, gated=True, band=band), "exact", 1, on_gpu=True)
+        for band in (0, 8192)
+    )
+    assert whole > 2 * banded
+    assert whole - banded > 8 * (m * m - m * m // 8)
 
 
 def test_moments_that_lie_beside_go_as_they_are_solved():

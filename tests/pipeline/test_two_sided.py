@@ -43,8 +43,10 @@ def gradients(count: int, outputs: int, first: int = 0) -> list[tuple[Tensor, Te
     return [(x.float(), g.float()) for x, g in pairs]
 
 
-def sketched(seen: list[tuple[Tensor, Tensor]], unseen: list[tuple[Tensor, Tensor]], kind: str = "B") -> SketchedLayer:
-    kept = SketchedLayer(Sketch(kind, M, N), HeldOut())
+def sketched(
+    seen: list[tuple[Tensor, Tensor]], unseen: list[tuple[Tensor, Tensor]], kind: str = "B", band: int = 0
+) -> SketchedLayer:
+    kept = SketchedLayer(Sketch(kind, M, N, band=band), HeldOut())
     for x, g in seen:
         kept.sketch.update(x, g)
     for x, g in unseen:
@@ -121,6 +123,24 @@ def test_sides_of_sketch_b_are_averaged_with_those_of_single_tokens(scaling):
         expected = 0.25 * own + 0.75 * theirs + 0.1 * torch.eye(len(own), dtype=torch.float64)
         torch.testing.assert_close(found.H.double(), expected, rtol=1e-5, atol=1e-6)
     assert float(inputs.weights.mean()) == pytest.approx(1.1)  # which is left as it was
+
+
+def test_metric_in_bands_is_that_of_all_outputs_without_what_lies_between_them():
+    data, inputs = gradients(20, outputs=3), Metric.of(moment("decaying", N), 0.1)
+    whole, banded = (sketch_metric(sketched(data, [], band=band).sketch.value(), inputs, 0.1) for band in (0, 20))
+    assert whole.outputs is not None and banded.outputs is not None
+    assert banded.unit == pytest.approx(whole.unit) and banded.outputs.H.shape == (3, 16, 16)
+    torch.testing.assert_close(banded.H, whole.H)
+    for number, band in enumerate(banded.outputs.H):
+        own = slice(16 * number, 16 * (number + 1))
+        torch.testing.assert_close(band, whole.outputs.H[own, own])
+
+
+def test_layer_in_bands_is_solved_for_the_network_and_differs_from_one_without(monkeypatch):
+    data, held = gradients(40, outputs=3), gradients(24, outputs=3, first=100)
+    whole, banded = (gated(monkeypatch, sketched(data, held, band=band)) for band in (0, 16))
+    assert banded.result["gate"]["chosen"] == whole.result["gate"]["chosen"] == TWO_SIDED
+    assert not torch.equal(whole.codes, banded.codes)
 
 
 def test_sketch_of_no_gradients_leaves_the_moment_out():

@@ -35,7 +35,7 @@ def weight(m: int, n: int, seed: int = 0) -> Tensor:
 
 
 def moment(kind: str, n: int, seed: int = 0) -> Tensor:
-    """An input moment float64 ``[n, n]`` (``[n]`` for ``diagonal``)."""
+    """A moment float64 ``[n, n]`` (``[n]`` for ``diagonal``, ``[2, n / 2, n / 2]`` for ``banded``)."""
     basis = torch.linalg.qr(normal(n, n, seed=seed + 7))[0]
     decaying = (basis * torch.logspace(1, -3, n, dtype=torch.float64)) @ basis.mT
     match kind:
@@ -43,6 +43,9 @@ def moment(kind: str, n: int, seed: int = 0) -> Tensor:
             H = torch.eye(n, dtype=torch.float64)
         case "decaying":
             H = decaying
+        case "banded":
+            half = n // 2
+            return torch.stack((decaying[:half, :half], 3.0 * decaying[half:, half:]))
         case "diagonal":
             return torch.logspace(2, -2, n, dtype=torch.float64)
         case "singular":
@@ -60,6 +63,8 @@ def moment(kind: str, n: int, seed: int = 0) -> Tensor:
 
 
 def full(H: Tensor) -> Tensor:
+    if H.dim() == 3:
+        return torch.block_diag(*H)
     return H.diag() if H.dim() == 1 else H
 
 

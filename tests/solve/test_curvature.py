@@ -68,7 +68,7 @@ def test_standard_error_is_that_of_the_difference_between_estimates():
 
 
 @pytest.mark.parametrize("inputs", ["decaying", "diagonal"])
-@pytest.mark.parametrize("outputs", ["decaying", "diagonal", None])
+@pytest.mark.parametrize("outputs", ["decaying", "diagonal", "banded", None])
 def test_cosine_is_that_of_the_matrices_it_stands_for(inputs, outputs):
     metric, seen = Metric.of(moment(inputs, 16)), gradients(6)
     if outputs:

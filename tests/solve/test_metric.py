@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from srr_dist.solve import Metric
-from tests.solve.problems import MOMENTS, moment, normal, objective, sides, two_sided, weight, with_threads
+from tests.solve.problems import MOMENTS, full, moment, normal, objective, sides, two_sided, weight, with_threads
 
 
 def least(E, R, H):
@@ -53,6 +53,9 @@ def test_metric_beyond_an_adapter_is_bitwise_the_same_again_and_for_any_threads(
         assert torch.equal(first.H, again.H) and first.unit == again.unit
 
 
+OUTPUTS = (*MOMENTS, "banded")
+
+
 def having(kind, m=48, n=64):
     """A metric with an output side, and both moments as it weighs them."""
     metric = two_sided((m, n), kind)
@@ -64,7 +67,7 @@ def weighed(E, H_O, H_I):
     return float(torch.trace(H_O @ E.double() @ H_I @ E.double().mT))
 
 
-@pytest.mark.parametrize("kind", MOMENTS)
+@pytest.mark.parametrize("kind", OUTPUTS)
 def test_energy_with_an_output_side_is_the_trace_with_both_moments(kind):
     E, (metric, H_O, H_I) = weight(48, 64), having(kind)
     assert metric.unit * metric.energy(E) == pytest.approx(weighed(E, H_O, H_I), rel=1e-5)
@@ -73,7 +76,7 @@ def test_energy_with_an_output_side_is_the_trace_with_both_moments(kind):
     assert metric.outputs.damping == 0.01
 
 
-@pytest.mark.parametrize("kind", MOMENTS)
+@pytest.mark.parametrize("kind", OUTPUTS)
 @pytest.mark.parametrize("left", [1.0, 1e-4])
 def test_remainder_with_an_output_side_is_the_energy_of_the_difference(kind, left):
     metric, H_O, H_I = having(kind)
@@ -84,7 +87,7 @@ def test_remainder_with_an_output_side_is_the_energy_of_the_difference(kind, lef
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-9 * total)
 
 
-@pytest.mark.parametrize("kind", MOMENTS)
+@pytest.mark.parametrize("kind", OUTPUTS)
 def test_unwhitened_factors_are_the_same_approximation_of_the_rows_themselves(kind):
     metric, _, _ = having(kind)
     U, R = torch.linalg.qr(normal(48, 6))[0].float(), normal(6, 64, seed=1).float()
@@ -95,7 +98,7 @@ def test_unwhitened_factors_are_the_same_approximation_of_the_rows_themselves(ki
     assert alone[0] is U and alone[1] is R and metric.inputs.whitened(U) is U
 
 
-@pytest.mark.parametrize("kind", ["decaying", "diagonal", "wide"])
+@pytest.mark.parametrize("kind", ["decaying", "diagonal", "wide", "banded"])
 def test_error_beyond_an_adapter_keeps_the_output_side(kind):
     """The best columns for given rows, by least squares over all entries in the metric of both sides."""
     (metric, H_O, H_I), E, R = having(kind, 12, 24), weight(12, 24), normal(3, 24).float()
@@ -107,13 +110,14 @@ def test_error_beyond_an_adapter_keeps_the_output_side(kind):
     assert beyond.unit * beyond.energy(E) == pytest.approx(float(least), rel=1e-4)
 
 
+@pytest.mark.parametrize("outputs", ["decaying", "banded"])
 @pytest.mark.parametrize("shape", [(96, 160), (304, 208), (200, 7)])
-def test_whitened_rows_are_bitwise_the_same_again_and_for_any_threads(shape):
+def test_whitened_rows_are_bitwise_the_same_again_and_for_any_threads(shape, outputs):
     m, n = shape
     E, U = weight(m, n), torch.linalg.qr(normal(m, 5))[0].float()
 
     def found():
-        metric = Metric.of(moment("decaying", n)).beside(Metric.of(moment("decaying", m)))
+        metric = Metric.of(moment("decaying", n)).beside(Metric.of(moment(outputs, m)))
         return metric.whitened(E), metric.whitened(U), *metric.unwhitened(U, E[:5]), torch.tensor(metric.energy(E))
 
     first = with_threads(1, found)
@@ -127,7 +131,7 @@ def test_outputs_that_reach_nothing_count_alike_and_cost_nothing():
     assert metric.energy(weight(48, 64)) == pytest.approx(1.01 * metric.inputs.energy(weight(48, 64)), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["decaying", "wide", "massive", "diagonal"])
+@pytest.mark.parametrize("kind", ["decaying", "wide", "massive", "diagonal", "banded"])
 def test_slopes_in_both_moments_are_those_of_float64(kind):
     metric, H_O, H_I = having(kind)
     E = weight(48, 64)
@@ -142,3 +146,21 @@ def test_damped_moment_is_the_one_that_feedback_factors():
     order = metric.feedback.order
     torch.testing.assert_close(metric.damped[order][:, order].double(), U * D @ U.mT, rtol=1e-4, atol=1e-5)
     assert float((metric.damped - metric.H).diagonal().mean()) == pytest.approx(metric.damping, rel=1e-4)
+
+
+def test_bands_are_measured_in_the_units_of_the_whole():
+    H = moment("banded", 48)
+    metric = Metric.of(H, 0.1)
+    assert torch.equal(metric.weights, torch.cat([band.weights for band in metric.bands]))
+    assert float(metric.weights.mean()) == pytest.approx(1.1, rel=1e-6)
+    assert metric.weights[24:].mean() > 2.0 * metric.weights[:24].mean()
+    assert {band.unit for band in metric.bands} == {metric.unit}
+    alone = Metric.of(H[0])
+    assert alone.bands == (alone,)
+
+
+def test_what_an_adapter_makes_up_for_is_taken_from_each_band():
+    H, rows = moment("banded", 48), normal(3, 48).float()
+    found, whole = Metric.of(H).beyond(rows), Metric.of(full(H)).beyond(rows)
+    for band, part in zip(found.H, (slice(0, 24), slice(24, 48)), strict=True):
+        torch.testing.assert_close(band * found.unit, whole.H[part, part] * whole.unit, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ GRID = IntGrid(3, 16)
 YAQA = Quantizer(GRID, "search", "yaqa")
 OPTIONS = SolveOptions("srr", YAQA, rank=8)
 NAME = "model.layers.3.mlp.up_proj"
-OUTPUTS = ["decaying", "wide", "singular", "massive", "diagonal"]
+OUTPUTS = ["decaying", "wide", "singular", "massive", "diagonal", "banded"]
 
 
 def error(W, solution, grid):

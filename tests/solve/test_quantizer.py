@@ -11,9 +11,11 @@ from tests.solve.problems import (
     CORRELATED,
     GRIDS,
     bounds,
+    full,
     moment,
     objective,
     own,
+    two_sided,
     weight,
     with_threads,
 )
@@ -131,3 +133,44 @@ def test_every_choice_has_an_effect():
     for i, first in enumerate(found):
         for second in found[:i]:
             assert not torch.equal(first[0], second[0])
+
+
+CROSSED = [MXIntGrid(3, 16), IntGrid(3, 16), AsymmetricIntGrid(3, 16)]
+
+
+@pytest.mark.parametrize("grid", CROSSED, ids=str)
+def test_outputs_in_bands_are_rounded_as_each_band_by_itself(grid):
+    quantizer, W, metric = Quantizer(grid, "search", "yaqa"), weight(96, 64), two_sided((96, 64), "banded")
+    codes, scale = quantizer.quantize(W, metric)
+    better = quantizer.descend(W, metric, codes, scale)
+    assert metric.outputs is not None
+    for rows, band in zip((slice(0, 48), slice(48, 96)), metric.outputs.bands, strict=True):
+        alone = metric.inputs.beside(band)
+        expected = quantizer.quantize(W[rows], alone)
+        assert torch.equal(codes[rows], expected[0]) and torch.equal(scale[rows], expected[1])
+        assert torch.equal(better[0][rows], quantizer.descend(W[rows], alone, *expected)[0])
+
+
+@pytest.mark.parametrize("grid", CROSSED, ids=str)
+def test_bands_are_a_full_moment_without_what_lies_between_them(grid):
+    quantizer, W, banded = Quantizer(grid, "search", "yaqa"), weight(96, 64), two_sided((96, 64), "banded")
+    assert banded.outputs is not None
+    whole = banded.inputs.beside(Metric(full(banded.outputs.H)))
+    codes, scale = quantizer.quantize(W, banded)
+    expected, its_scale = quantizer.quantize(W, whole)
+    assert torch.equal(scale, its_scale)
+    assert (codes != expected).float().mean() < 0.005  # sums in another order
+
+
+@pytest.mark.parametrize("grid", CROSSED, ids=str)
+def test_codes_in_bands_are_bitwise_the_same_again_and_for_any_threads(grid):
+    quantizer, W = Quantizer(grid, "search", "yaqa"), weight(96, 160)
+
+    def found():
+        metric = two_sided((96, 160), "banded")
+        codes, scale = quantizer.quantize(W, metric)
+        return codes, *quantizer.descend(W, metric, codes, scale)
+
+    first = with_threads(1, found)
+    for threads in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(first, with_threads(threads, found), strict=True))

@@ -154,7 +154,7 @@ def least(W, points, groups, metric):
 
 
 @pytest.mark.parametrize("grid", FITTED, ids=str)
-@pytest.mark.parametrize("outputs", ["decaying", "wide", "singular", "massive"])
+@pytest.mark.parametrize("outputs", ["decaying", "wide", "singular", "massive", "banded"])
 def test_fitted_scales_come_near_to_the_best_of_all_in_float64(grid, outputs):
     W, metric = weight(20, 64), two_sided((20, 64), outputs)
     codes, scale = grid.quantize(W)
