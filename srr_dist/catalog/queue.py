@@ -12,7 +12,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from srr_dist.catalog import results
 from srr_dist.catalog.entries import Entry
 from srr_dist.catalog.index import Row, write_index
 from srr_dist.errors import PipelineError, QuarantineError, StoppedError
+from srr_dist.scratch import Scratch
 from srr_dist.store import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -97,11 +97,11 @@ class Queue:
             StoppedError: a stop was asked for, or an entry was stopped ``ATTEMPTS`` times.
             PipelineError: entries failed; all others are done.
         """
-        with tempfile.TemporaryDirectory(prefix="srr-zoo-") as scratch, self._stop_requests():
+        with Scratch() as scratch, self._stop_requests():
             write_index(self.store, list(self.rows.values()))
             try:
                 while self.running or (self.waiting and not self.stopping):
-                    self._start(Path(scratch))
+                    self._start(scratch)
                     self._advance()
                     time.sleep(POLL_SECONDS)
             finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from srr_dist.export.base import (
 )
 from srr_dist.export.nf4 import nf4_config
 from srr_dist.export.tensorfile import TensorFile, encode_header
+from srr_dist.scratch import Scratch
 from srr_dist.store.documents import encode
 from srr_dist.store.manifest import COMMIT, MANIFEST, Manifest, read_complete, write_commit
 from srr_dist.store.objects import FileEntry, ObjectStore
@@ -200,8 +200,8 @@ def _write_adapter(store: ObjectStore, units: Sequence[_Unit], output: Output) -
         for layer in unit.record.layers
     }
     metadata = {"format": "pt", "srr": encode(summary, "adapter metadata").decode()}
-    with tempfile.TemporaryDirectory(prefix="srr-adapter-") as folder:
-        local = Path(folder, "adapter_model.safetensors")
+    with Scratch() as folder:
+        local = folder / "adapter_model.safetensors"
         with local.open("wb") as stream:
             stream.write(encode_header(entries, metadata))
             for part, record in parts:
@@ -221,11 +221,11 @@ def _write_dense(store: ObjectStore, units: Sequence[_Unit], output: Output) -> 
     """Write an ordinary checkpoint whose weights are Q + L R, added in float32; one unit in memory at a time."""
     files, sizes = [], []
     names = [f"dense/{shard_name(i, len(units))}" for i in range(1, len(units) + 1)]
-    with tempfile.TemporaryDirectory(prefix="srr-dense-") as folder:
+    with Scratch() as folder:
         for unit, name in zip(units, names, strict=True):
             tensors = _merged(unit, output)
             sizes.append({key: tensor.nbytes for key, tensor in tensors.items()})
-            local = Path(folder, "shard.safetensors")
+            local = folder / "shard.safetensors"
             safetensors.torch.save_file(tensors, local, metadata={"format": "pt"})
             files.append(store.upload(local, name))
     return files + _put_all(store, "dense", {**output.companions, INDEX_NAME: _index(names, sizes)})

@@ -18,6 +18,7 @@ from srr_dist.config import JobConfig, parse_bytes
 from srr_dist.errors import ConfigError, PipelineError
 from srr_dist.pipeline.host import free_gpu_memory, free_host_memory
 from srr_dist.pipeline.memory import Budget
+from srr_dist.scratch import sweep
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def connected(job: JobConfig) -> Iterator[Cluster]:
         yield _survey(job, job.patience if address else 0.0)
     finally:
         ray.shutdown()
+        sweep()  # workers are killed, and on this machine no other may follow
 
 
 def _require_answer(address: str) -> None:

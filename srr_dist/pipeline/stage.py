@@ -8,12 +8,10 @@ storage itself; only hidden states, gradients and small summaries cross Ray.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,6 +34,7 @@ from srr_dist.pipeline.solving import BlockSolver, result_tensors
 from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.tuning import BlockTuner
+from srr_dist.scratch import Scratch
 from srr_dist.store import ObjectStore, RunArea
 from srr_dist.store.records import REST
 
@@ -65,9 +64,9 @@ class Stage(Pulse):
         self.area = RunArea(ObjectStore(run.output, run.single_driver), run.fingerprint)
         self.boundaries, self.gradients = crossings(run, self.area)
         self.statistics = Statistics(run)
-        self.scratch = tempfile.TemporaryDirectory(prefix="srr-stage-")
-        self.collector = Collector(run, placement, self.device, Path(self.scratch.name))
-        self.commits = Commits(run, self.area, device_name(self.device), Path(self.scratch.name))
+        self.scratch = Scratch()
+        self.collector = Collector(run, placement, self.device, self.scratch.path)
+        self.commits = Commits(run, self.area, device_name(self.device), self.scratch.path)
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self.held: dict[int, _Held] = {}
@@ -242,7 +241,7 @@ class Stage(Pulse):
     def _keep_moments(self, held: _Held) -> None:
         started = time.perf_counter()
         for name, moment in held.moments.items():
-            self.statistics.save(name, moment, Path(self.scratch.name))
+            self.statistics.save(name, moment, self.scratch.path)
         held.seconds["write"] = time.perf_counter() - started
 
     def _recall_moments(self, held: _Held) -> bool:

@@ -290,11 +290,11 @@ def test_placement_of_moments_changes_no_byte(model, text, tmp_path, scaling):
 def test_moments_on_disk_are_mapped_from_the_scratch_folder_and_leave_nothing(model, text, tmp_path):
     stage = calibrated(make_run(model, text, tmp_path / "out"), placement="disk")
     maps = Path("/proc/self/maps").read_text()
-    assert stage.scratch.name in maps
+    assert str(stage.scratch.path) in maps
     for index in range(3):
         commit(stage, index)
-    assert list(Path(stage.scratch.name).iterdir()) == []
-    assert stage.scratch.name not in Path("/proc/self/maps").read_text()
+    assert list(stage.scratch.path.iterdir()) == []
+    assert str(stage.scratch.path) not in Path("/proc/self/maps").read_text()
 
 
 def spoil(model: Path, folder: Path, name: str, row: int, value: float) -> Path:
