@@ -73,7 +73,7 @@ LOCATIONS = {"model", "calibration"}
 """Options whose content counts."""
 REFUSALS = {"revision", "max_bad_rows"}
 """Options that decide whether a run is refused; the latter is tested with the stage."""
-KEPT = {"sketch"}
+KEPT = {"sketch", "sketch_band"}
 """Options that decide what is kept beside the result; tested with the way back of gradients."""
 
 

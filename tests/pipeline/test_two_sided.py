@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,7 +56,7 @@ def sketched(
 
 
 def gated(monkeypatch, kept: SketchedLayer | None):
-    monkeypatch.setattr(module, "recall", lambda run, linear: kept)
+    monkeypatch.setattr(module, "recall", lambda run, linear: deepcopy(kept))  # whose sums are taken
     return solve_gated(RUN, LINEAR, weight(M, N), Metric.of(moment("decaying", N)))
 
 
