@@ -236,14 +236,15 @@ def held_out_bytes(tokens: int, m: int, n: int) -> int:
 
 def gradient_is_cheaper(tokens: int, m: int, n: int, band: int = 0) -> bool:
     """Whether both products of G take fewer operations from G itself than through the products of tokens."""
-    return _through_gradient(tokens, m, n, band) <= _through_tokens(tokens, m, n, band)
+    outputs = m * m // output_bands(m, band)
+    return _through_gradient(tokens, m, n, outputs) <= _through_tokens(tokens, m, n, outputs)
 
 
 def sketch_operations(kind: str, tokens: int, m: int, n: int, band: int = 0) -> float:
     """Floating point operations that a sequence takes in products, over all passes."""
     outputs = m * m // output_bands(m, band)
     if kind == "B":
-        sides = min(_through_gradient(tokens, m, n, band), _through_tokens(tokens, m, n, band))
+        sides = min(_through_gradient(tokens, m, n, outputs), _through_tokens(tokens, m, n, outputs))
         return 2 * (sides + _TRIANGLE * tokens * outputs)
     if kind.startswith("A:"):
         rounds, summed = int(kind.removeprefix("A:")), _TRIANGLE * tokens * (outputs + n**2)
@@ -251,12 +252,13 @@ def sketch_operations(kind: str, tokens: int, m: int, n: int, band: int = 0) -> 
     return 2 * _TRIANGLE * tokens * outputs if kind == "full" else 2 * tokens * m
 
 
-def _through_gradient(tokens: int, m: int, n: int, band: int) -> float:
-    return tokens * m * n + _TRIANGLE * m * n * (m // output_bands(m, band) + n)
+def _through_gradient(tokens: int, m: int, n: int, outputs: int) -> float:
+    """With so many pairs of outputs that share a band; as below."""
+    return tokens * m * n + _TRIANGLE * n * (outputs + m * n)
 
 
-def _through_tokens(tokens: int, m: int, n: int, band: int) -> float:
-    return 2 * tokens**2 * (m + n) + _TRIANGLE * tokens * (m * m // output_bands(m, band) + n**2)
+def _through_tokens(tokens: int, m: int, n: int, outputs: int) -> float:
+    return 2 * tokens**2 * (m + n) + _TRIANGLE * tokens * (outputs + n**2)
 
 
 def _gradient_is_smaller(tokens: int, m: int, n: int) -> bool:

@@ -51,8 +51,6 @@ class Workload:
     """Of the adapters."""
     sketch: str = ""
     """Kind of the sketches that gradients are summed in, "" for none."""
-    band: int = 0
-    """Outputs of a block of their output sides, at most; 0 for all."""
     held_out: int = 0
     """Sequences that these do not see."""
     vocabulary: int = 1
@@ -129,14 +127,14 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
     packing = sum(_packed_bytes(linear.out_features, linear.in_features, work) for linear in layers)
     packing += _PACKING_BYTES * max((linear.out_features * linear.in_features for linear in layers), default=0)
     passing = sum(waiting_bytes(work.seq_len, features, work.scaling) for features in widths)
-    shapes = [(linear.out_features, linear.in_features) for linear in layers]
+    shapes, band = [(linear.out_features, linear.in_features) for linear in layers], work.solving.band
     if work.sketch:
-        moments = max(moments, sum(sketch_bytes(work.sketch, m, n, work.band) for m, n in shapes))
+        moments = max(moments, sum(sketch_bytes(work.sketch, m, n, band) for m, n in shapes))
         source = max(source, work.held_out * sum(held_out_bytes(work.seq_len, m, n) for m, n in shapes))
         passing = 2 * forward
-        passing += sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n, work.band) for m, n in shapes)
+        passing += sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n, band) for m, n in shapes)
         forward += max((_back_bytes(m, n, work) for m, n in shapes), default=0)
-    recalled = work.solving.gated * max((sketch_bytes(work.sketch, m, n, work.band) for m, n in shapes), default=0)
+    recalled = work.solving.gated * max((sketch_bytes(work.sketch, m, n, band) for m, n in shapes), default=0)
     kept = work.copies * weights * work.compute_bytes
     return Need(kept, source, moments, forward, products, solve, beside, results, packing, recalled, passing)
 

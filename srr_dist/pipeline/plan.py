@@ -108,7 +108,6 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         bits=run.config.bits,
         rank=rank,
         sketch=run.config.sketch,
-        band=run.config.sketch_band,
         held_out=run.held_out,
         vocabulary=run.checkpoint.config.get_text_config().vocab_size,
         threads=cluster.cpus,

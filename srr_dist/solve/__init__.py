@@ -8,7 +8,6 @@ Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m,
 """
 
 from srr_dist.solve.curvature import (
-    COSINE_OF,
     ONE_SIDED,
     TWO_SIDED,
     gate,
@@ -24,7 +23,6 @@ from srr_dist.solve.quantizer import Quantizer
 from srr_dist.solve.tuning import BlockError, Tuned, TuneOptions, tune
 
 __all__ = [
-    "COSINE_OF",
     "ONE_SIDED",
     "TWO_SIDED",
     "AsymmetricIntGrid",

@@ -240,7 +240,7 @@ def test_stage_needs_room_for_moments_or_for_sketches_whichever_is_more():
     assert plain.passing == sum(4 * 2 * 480 * width for width in (64, 128))
     assert sketched.passing == 2 * plain.forward + sum(sketch_waiting_bytes("B", 32, m, n) for m, n in shapes)
     assert block_need(block(0), 10**9, workload(sketch="B", held_out=3)).source == 10**9
-    banded = block_need(block(0), 0, workload(sketch="B", held_out=3, band=16))
+    banded = block_need(block(0), 0, workload(sketch="B", held_out=3, solving=Solving(band=16)))
     assert banded.moments == sum(8 * (2 * m * 16 + n * n) for m, n in shapes)
     assert block_need(block(0), 0, workload(sketch="diag")).moments == plain.moments
     assert block_need(block(0), 0, workload(sketch="A:1")).moments > sketched.moments
