@@ -238,7 +238,7 @@ class SolvedRow(Row):
         error = loaded_block_error(decoder, block.index, inputs.__getitem__, outputs, threads, recipe.kind.first)
         W = {name: original.weights[f"{name}.weight"] for name in starts}
         options = TuneOptions(recipe.tune_steps, recipe.tune_batch, seed=layer_seed(0, block.name))
-        found = tune(W, starts, recipe.options.quantizer.grid, error, len(inputs), options)
+        found = tune(W, starts, dict.fromkeys(W, recipe.options.quantizer.grid), error, len(inputs), options)
         self.tuning += time.perf_counter() - started
         return found.layers
 

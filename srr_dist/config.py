@@ -55,6 +55,10 @@ class QuantizeConfig:
         "int", "base quantizer: power-of-two scales, bfloat16 scales, with zero points, NormalFloat", choices=GRIDS
     )
     bits: int = option(3, "bits of a code, 2 to 8")
+    widths: str = option(
+        "",
+        "other bits for some layers: PATTERN=BITS rules between spaces, the first that a layer's name matches counts",
+    )
     group_size: int = option(64, "inputs that share a scale; -1 for one scale per output row")
     scales: str = option(
         "search", "absmax: reach a group's largest weight; search: the least error, inputs weighted", choices=SCALES
@@ -112,6 +116,10 @@ class QuantizeConfig:
             _require(self.bits == 4, "bits", "4 (--bits 4) with --grid nf4", self.bits)
             blocks = ", ".join(map(str, NF4_BLOCKS))
             _require(self.group_size in NF4_BLOCKS, "group_size", f"{blocks} with --grid nf4", self.group_size)
+        # bitsandbytes' table has one width, and transformers reads zero points of one alone.
+        uniform = self.grid in ("nf4", "int-asym")
+        _require(not (uniform and self.widths), "widths", f"one width with --grid {self.grid}", self.widths)
+        _check_widths(self.width_rules)
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
         _require(self.descent >= 0, "descent", "0 or more", self.descent)
@@ -147,6 +155,15 @@ class QuantizeConfig:
         """Whether ``--include`` and ``--exclude`` let a layer be quantized."""
         included = not self.include or re.search(self.include, layer) is not None
         return included and not (self.exclude and re.search(self.exclude, layer) is not None)
+
+    @property
+    def width_rules(self) -> list[tuple[str, str]]:
+        """The pattern and the bits of each rule of ``widths``, in their order."""
+        return [(pattern, bits) for pattern, _, bits in (rule.rpartition("=") for rule in self.widths.split())]
+
+    def bits_of(self, layer: str) -> int:
+        """Bits of a code of this layer."""
+        return next((int(bits) for pattern, bits in self.width_rules if re.search(pattern, layer)), self.bits)
 
     def fingerprint(self, *, source: str, tokens: str, dtype: str) -> str:
         """sha256 over everything that changes bytes.
@@ -341,6 +358,16 @@ def _check_split(split: str, rank: int) -> None:
     fixed = rule == "fixed" and k.isdecimal()
     _require(fixed or split in SPLIT_RULES, "split", "search, criterion, energy or fixed:K", split)
     _require(not fixed or int(k) <= rank, "split", f"fixed:K with K from 0 to the rank {rank}", split)
+
+
+def _check_widths(rules: list[tuple[str, str]]) -> None:
+    for pattern, bits in rules:
+        right = bool(pattern) and bits.isdecimal() and 2 <= int(bits) <= 8
+        _require(right, "widths", r"rules like v_proj=4 \.0\.mlp=5 with 2 to 8 bits", f"{pattern}={bits}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"widths: {pattern!r} is no regular expression: {error}") from None
 
 
 def _check_sketch(sketch: str) -> None:

@@ -35,6 +35,10 @@ REFUSED = [
     ("bits", "3", "a value of type int, found '3'"),
     ("bits", 3.0, "a value of type int"),
     ("bits", True, "a value of type int, found True"),
+    ("widths", "v_proj", "rules like v_proj=4"),
+    ("widths", "v_proj=9", "2 to 8 bits, found 'v_proj=9'"),
+    ("widths", "=4", "rules like v_proj=4"),
+    ("widths", "v_proj=4 (=3", "'(' is no regular expression"),
     ("group_size", 0, "a positive number or -1"),
     ("group_size", -2, "a positive number or -1"),
     ("scales", "best", "one of absmax, search"),
@@ -95,6 +99,7 @@ ACCEPTED = [
     {"split": "fixed:0"}, {"split": "fixed:16"}, {"split": "energy"}, {"max_bad_rows": 0}, {"max_bad_rows": 1.0},
     {"calibration": "", "scaling": "identity"}, {"calibration": "", "method": "none"}, {"gpu_memory": "70GiB"},
     {"sketch": "B", "statistics": "kept"}, {"sketch": "A:12", "statistics": "kept"},
+    {"widths": r"v_proj$=5 \.[0-3]\.mlp=2"},
     {"revision": "main"}, {"include": r"layers\.[0-3]\."}, {"grid": "nf4", "bits": 4},
     {"grid": "nf4", "bits": 4, "group_size": 32},
 ]  # fmt: skip
@@ -143,6 +148,18 @@ def test_tuning_needs_text_and_sequences_to_hold_out():
 def test_normalfloat_has_four_bits_and_the_blocks_that_bitsandbytes_reads(name, value, expected):
     with pytest.raises(ConfigError, match=rf"^{name}: expected {expected}.* with --grid nf4, found {value}"):
         RunConfig.from_options(COMPLETE | {"grid": "nf4", "bits": 4} | {name: value})
+
+
+@pytest.mark.parametrize("grid", ["nf4", "int-asym"])
+def test_grids_that_readers_know_in_one_width_refuse_others(grid):
+    with pytest.raises(ConfigError, match=rf"^widths: expected one width with --grid {grid}, found 'a=4'"):
+        QuantizeConfig(grid=grid, bits=4, widths="a=4")
+
+
+def test_first_rule_that_matches_gives_a_layer_its_bits():
+    config = QuantizeConfig(bits=3, widths=r"\.0\.mlp=4 mlp=2 (?=q|k)_?=8 v_proj$=5")
+    names = ("a.0.mlp.up", "a.1.mlp.up", "a.1.v_proj", "a.0.v_proj_norm", "a.o")
+    assert [config.bits_of(name) for name in names] == [4, 2, 5, 3, 3]
 
 
 @pytest.mark.parametrize("name", ["iterations", "descent"])
@@ -208,8 +225,8 @@ CHANGES = {
     "method": "qer", "grid": "mxint", "bits": 4, "group_size": 32, "rank": 33, "split": "criterion", "form": "split",
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
-    "rounding_metric": "full", "tune_steps": 9, "tune_batch": 2, "sketch": "B", "first_token_share": 0.1,
-    "incoherence": True, "sketch_band": 512,
+    "rounding_metric": "full", "widths": "a=4", "tune_steps": 9, "tune_batch": 2, "sketch": "B",
+    "first_token_share": 0.1, "incoherence": True, "sketch_band": 512,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -258,7 +275,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "333810ee71b7eeeeea0d3583db70e020930038dbeeaf92445de91975a77eef06"
+    assert fingerprint() == "abe659adbae25e2df8c3ed594684433eb2ae6fdd1881c1dcd8fc046710419b82"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -50,7 +50,6 @@ class Output:
 
     Attributes:
         block_count: decoder blocks of the model.
-        bits: width of a code.
         group_size: inputs that share a scale; −1 for one scale per output channel.
         dtype: type of the source's linear weights, in which ``dense/`` stores their replacements.
         companions: file name -> content of what lies beside the weights, config.json among them.
@@ -60,7 +59,6 @@ class Output:
     """
 
     block_count: int
-    bits: int
     group_size: int
     dtype: torch.dtype
     companions: Mapping[str, bytes]
@@ -68,11 +66,11 @@ class Output:
     symmetric: bool = True
     codebook: str | None = None
 
-    def quantization_config(self, ignore: Iterable[str]) -> dict[str, Any]:
-        """Of the base's config.json, with the modules whose matrices are stored dense."""
+    def quantization_config(self, bits: Mapping[str, int], ignore: Iterable[str]) -> dict[str, Any]:
+        """Of the base's config.json, with the bits of every linear and the modules whose matrices are stored dense."""
         if self.codebook:
             return nf4_config(ignore)
-        return quantization_config(self.bits, self.group_size, ignore, symmetric=self.symmetric)
+        return quantization_config(bits, self.group_size, ignore, symmetric=self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,11 @@ class _Unit:
     record: BlockRecord
     base: TensorFile
     adapter: TensorFile | None
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits of a code of each linear."""
+        return {layer["name"]: layer["bits"] for layer in self.record.layers}
 
 
 def assemble(
@@ -178,7 +181,8 @@ def _folders_of_earlier(store: ObjectStore, fingerprint: str) -> set[str]:
 def _write_base(store: ObjectStore, units: Sequence[_Unit], output: Output) -> list[FileEntry]:
     """Copy the units' shards as they are; add index, companions, and the configuration that unpacks them."""
     ignore = {"lm_head"}.union(*(_dense_matrices(unit.base) for unit in units))
-    quantization = {"quantization_config": output.quantization_config(ignore)}
+    bits = {name: width for unit in units for name, width in unit.bits.items()}
+    quantization = {"quantization_config": output.quantization_config(bits, ignore)}
     config = json.loads(output.companions["config.json"]) | quantization
     names = [f"base/{shard_name(i, len(units))}" for i in range(1, len(units) + 1)]
     with ThreadPoolExecutor(STORE_THREADS) as pool:
@@ -232,7 +236,7 @@ def _write_dense(store: ObjectStore, units: Sequence[_Unit], output: Output) -> 
 
 
 def _merged(unit: _Unit, output: Output) -> dict[str, torch.Tensor]:
-    tensors = dense_tensors(unit.base.read(), output.bits)
+    tensors = dense_tensors(unit.base.read(), unit.bits)
     factors = unit.adapter.read() if unit.adapter else {}
     for name in quantized_linears(unit.base.entries):
         weight = tensors[f"{name}.weight"].float()
@@ -251,8 +255,8 @@ def _dense_matrices(file: TensorFile) -> list[str]:
 
 
 def _chosen(layer: Mapping[str, Any], output: Output) -> dict[str, Any]:
-    chosen = {key: layer[key] for key in ("k", "rank", "shape")}
-    chosen |= {"bits": output.bits, "group_size": output.group_size}
+    chosen = {key: layer[key] for key in ("k", "rank", "shape", "bits")}
+    chosen |= {"group_size": output.group_size}
     chosen |= {} if output.symmetric else {"symmetric": False}
     return chosen | ({"codebook": output.codebook} if output.codebook else {})
 

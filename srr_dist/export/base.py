@@ -54,19 +54,19 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
     return dequantize(codes, scale, torch.bfloat16).to(dtype)
 
 
-def dense_tensors(tensors: Mapping[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+def dense_tensors(tensors: Mapping[str, torch.Tensor], bits: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """A shard's tensors under their original names: packed linears :func:`dequantized`, all others as they are.
 
-    ``bits``: width of a code in packed linears of integers.
+    ``bits``: linear -> width of its codes; of packed integers alone it is asked for.
     """
     dense = {}
     for name, tensor in tensors.items():
         if name.endswith(PACKED):
             module = name.removesuffix(PACKED)
-            m, n = tensors[module + SHAPE].tolist()
-            codes = unpack(tensor, bits, n)
+            (m, n), width = tensors[module + SHAPE].tolist(), bits[module]
+            codes = unpack(tensor, width, n)
             if module + ZERO in tensors:
-                codes = codes.to(torch.int16) - _by_input(unpack(tensors[module + ZERO].mT, bits, m).mT, codes)
+                codes = codes.to(torch.int16) - _by_input(unpack(tensors[module + ZERO].mT, width, m).mT, codes)
             dense[module + ".weight"] = dequantized(codes, tensors[module + SCALE])
         elif (module := name.removesuffix(".weight")) + STATE in tensors and name != module:
             dense[name] = nf4_weight(module, tensors)
@@ -85,22 +85,32 @@ def _by_input(zero: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return zero.repeat_interleave(codes.shape[1] // zero.shape[1], dim=1)
 
 
-def quantization_config(bits: int, group_size: int, ignore: Iterable[str], *, symmetric: bool = True) -> dict[str, Any]:
+def quantization_config(
+    bits: Mapping[str, int], group_size: int, ignore: Iterable[str], *, symmetric: bool = True
+) -> dict[str, Any]:
     """``quantization_config`` of config.json; ``group_size`` −1 means one scale per output channel.
 
-    ``dequantize`` makes transformers expand the weights while loading, without which PEFT finds no ``weight`` to
-    attach an adapter to. ``ignore`` lists the modules whose matrices are stored dense. ``symmetric``: without zero
-    points.
+    ``bits`` are those of every linear. Of one width, they are the group of all ``Linear`` modules; each of several
+    widths has a group that names its modules. ``dequantize`` makes transformers expand the weights while loading,
+    without which PEFT finds no ``weight`` to attach an adapter to; transformers 5 does so by the first group alone, so
+    that several widths are expanded by a call after loading. ``ignore`` lists the modules whose matrices are stored
+    dense. ``symmetric``: without zero points.
     """
     strategy = {"strategy": "channel"} if group_size == PER_CHANNEL else {"strategy": "group", "group_size": group_size}
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy, "dynamic": False}
+    weights = {"type": "int", "symmetric": symmetric, **strategy, "dynamic": False}
+    groups = {width: sorted(name for name, its in bits.items() if its == width) for width in sorted(set(bits.values()))}
+    if len(groups) == 1:
+        groups = {width: ["Linear"] for width in groups}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": sorted(ignore),
-        "dequantize": True,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "dequantize": len(groups) == 1,
+        "config_groups": {
+            f"group_{i}": {"targets": targets, "weights": {"num_bits": width, **weights}}
+            for i, (width, targets) in enumerate(groups.items())
+        },
     }
 
 

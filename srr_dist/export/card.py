@@ -23,7 +23,7 @@ class CardFacts:
     Attributes:
         model: the source model, as a reader knows it.
         method: ``srr``, ``qer`` or ``none``.
-        bits: width of a code.
+        widths: of codes, in bits, from the least; several where layers differ.
         group_size: inputs that share a scale; −1 for one scale per output channel.
         symmetric: whether codes have no zero points.
         codebook: name of the table that codes are looked up in; None for integers.
@@ -37,7 +37,7 @@ class CardFacts:
 
     model: str
     method: str
-    bits: int
+    widths: tuple[int, ...]
     group_size: int
     rank: int
     bits_per_weight: float
@@ -67,13 +67,14 @@ def _summary(facts: CardFacts) -> str:
     scales += "output channel" if facts.group_size == -1 else f"{facts.group_size} inputs"
     rows = [
         ("method", METHODS.get(facts.method, facts.method)),
-        ("base", f"{facts.bits}-bit {facts.codebook.upper() + ' ' if facts.codebook else ''}codes, {scales}"),
+        ("base", f"{_widths(facts.widths)} {facts.codebook.upper() + ' ' if facts.codebook else ''}codes, {scales}"),
         ("adapter", f"rank {facts.rank}, bfloat16" if facts.rank else "none"),
         ("stored per quantized weight", f"{_bits(facts.bits_per_weight)} bits"),
         ("size of `base/`", size(facts.base_bytes) if "base" in facts.exports else "not exported"),
         ("size of `adapter/`", size(facts.adapter_bytes) if "adapter" in facts.exports else "none"),
     ]
-    text = f"# {facts.model}, {facts.bits} bits\n\nEvery quantized weight is W ≈ Q"
+    extremes = " to ".join(map(str, sorted({facts.widths[0], facts.widths[-1]})))
+    text = f"# {facts.model}, {extremes} bits\n\nEvery quantized weight is W ≈ Q"
     return f"{text}{' + L·R' if facts.rank else ''}.\n\n{_table(('', ''), rows)}"
 
 
@@ -84,9 +85,11 @@ def _transformers(facts: CardFacts) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("base")',
     ]
     packages = f"transformers {'bitsandbytes' if facts.codebook else 'compressed-tensors'}"
+    if len(facts.widths) > 1:
+        lines.insert(1, "model.hf_quantizer.compressor.decompress_model(model)  # layers differ in bits")
     if facts.rank:
         imports.insert(0, "from peft import PeftModel")
-        lines.insert(1, 'model = PeftModel.from_pretrained(model, "adapter")')
+        lines.insert(-1, 'model = PeftModel.from_pretrained(model, "adapter")')
         packages += " peft"
     code = "\n".join([*imports, "", *lines])
     heading = f"## transformers\n\n`pip install {packages}`, then, in this folder:\n\n```python\n{code}\n```\n\n"
@@ -122,6 +125,12 @@ def _merged(facts: CardFacts) -> str:
 
 def _evaluation(evaluation: Mapping[str, float]) -> str:
     return f"## Measured\n\n{_table(('', 'value'), [(name, plain(value, 5)) for name, value in evaluation.items()])}"
+
+
+def _widths(widths: tuple[int, ...]) -> str:
+    """``3-bit``, or of several ``2-, 3- and 4-bit``."""
+    *others, last = widths
+    return f"{', '.join(f'{width}-' for width in others)} and {last}-bit" if others else f"{last}-bit"
 
 
 def _bits(value: float) -> str:

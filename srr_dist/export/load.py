@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class QuantizedModel:
         manifest: what the output consists of.
         config_json: the base's config.json, text.
         shards: file names of the base: one per decoder block, then the rest.
-        bits: width of a code.
+        bits: linear -> width of its codes.
         adapter: the adapter's file; None if the method made none.
     """
 
@@ -33,7 +34,7 @@ class QuantizedModel:
     manifest: Manifest
     config_json: str
     shards: tuple[str, ...]
-    bits: int
+    bits: Mapping[str, int]
     adapter: TensorFile | None
 
     @classmethod
@@ -51,7 +52,7 @@ class QuantizedModel:
         config_json = store.get(BASE_CONFIG).decode()
         shards = sorted(set(store.get_json(f"base/{INDEX_NAME}")["weight_map"].values()))
         adapter = TensorFile.open(store, ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in manifest.files else None
-        (bits,) = {layer["bits"] for layer in manifest.layers.values()}
+        bits = {name: layer["bits"] for name, layer in manifest.layers.items()}
         return cls(store, manifest, config_json, tuple(shards), bits, adapter)
 
     @property

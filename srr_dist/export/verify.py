@@ -178,9 +178,14 @@ def _bits_problems(store: ObjectStore, manifest: Manifest) -> Iterator[str]:
             return
     if codebook:
         return
-    weights = settings["config_groups"]["group_0"]["weights"]
-    found = (weights["num_bits"], weights.get("group_size", -1), weights["symmetric"])
+    schemes: dict[str, tuple[int, int, bool]] = {}
+    for group in settings["config_groups"].values():
+        weights = group["weights"]
+        schemes |= dict.fromkeys(
+            group["targets"], (weights["num_bits"], weights.get("group_size", -1), weights["symmetric"])
+        )
     for name, layer in manifest.layers.items():
+        found = schemes.get(name, schemes.get("Linear"))
         if (wanted := (layer["bits"], layer["group_size"], layer.get("symmetric", True))) != found:
             fields = "(bits, group size, symmetric)"
             yield f"base/config.json: {fields} {found}, by the manifest layer {name} has {wanted}"

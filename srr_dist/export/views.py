@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -73,7 +74,7 @@ def _totals(
 ) -> dict[str, Any]:
     chosen = list(manifest.layers.values())
     codes_only = [layer | {"rank": 0} for layer in chosen]
-    bits = run["identity"]["bits"]
+    bits = _mean_bits(manifest)
     return {
         "blocks": len(records) - 1,
         "layers": len(layers),
@@ -124,7 +125,7 @@ def _facts(report: Mapping[str, Any], manifest: Manifest) -> CardFacts:
     return CardFacts(
         model=report["model"],
         method=config["method"],
-        bits=config["bits"],
+        widths=tuple(sorted({layer["bits"] for layer in manifest.layers.values()})),
         group_size=config["group_size"],
         symmetric=all(layer.get("symmetric", True) for layer in manifest.layers.values()),
         codebook=next((layer["codebook"] for layer in manifest.layers.values() if "codebook" in layer), None),
@@ -140,6 +141,13 @@ def _facts(report: Mapping[str, Any], manifest: Manifest) -> CardFacts:
             for figure in FIGURES
         },
     )
+
+
+def _mean_bits(manifest: Manifest) -> float:
+    """Bits of a code, over the quantized weights."""
+    weights = {name: math.prod(layer["shape"]) for name, layer in manifest.layers.items()}
+    stored = sum(layer["bits"] * weights[name] for name, layer in manifest.layers.items())
+    return stored / total if (total := sum(weights.values())) else math.nan
 
 
 def _folder_bytes(manifest: Manifest, folder: str) -> int:

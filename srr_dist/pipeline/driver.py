@@ -192,7 +192,6 @@ def _output(run: Run) -> Output:
     dtypes = {stored_dtype(run.checkpoint.tensors[f"{name}.weight"]) for name in weights}
     return Output(
         block_count=len(run.graph.blocks),
-        bits=config.bits,
         group_size=config.group_size,
         dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
         companions=run.checkpoint.companions(),

@@ -186,7 +186,7 @@ class Costs:
         run, cluster = self.plan.run, self.plan.cluster
         full = run.config.scaling == "exact" and run.calibrated
         band = run.config.sketch_band
-        groups = operations.solving(block, run.quantized, run.solve_options(), full=full, band=band)
+        groups = operations.solving(block, run.quantized, run.solve_options(run.grid), full=full, band=band)
         at_once = layers_at_once(block, run.quantized, cluster.cpus, on_gpu=bool(cluster.gpus))
         rates = self.hardware.rates if at_once > 1 else self.rates  # each of them then has one thread
         return side_by_side([group.seconds(rates) for group in groups], at_once) + self._tune(block)

@@ -46,7 +46,7 @@ class Workload:
     solving: Solving = field(default_factory=Solving)
     """How layers are solved."""
     bits: int = 0
-    """Of a code."""
+    """Of a code, of the widest where layers differ."""
     rank: int = 0
     """Of the adapters."""
     sketch: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class Plan:
             f"fingerprint    {run.fingerprint}",
             f"blocks         {len(run.graph.blocks)}, with {len(run.quantized)} linear layers to quantize"
             + (f" and {len(run.unquantized)} left as they are" if run.unquantized else ""),
-            f"quantizer      {config.grid} {config.bits} bits, group {config.group_size}, {config.scales} scales, "
+            f"quantizer      {config.grid} {_widths(run)} bits, group {config.group_size}, {config.scales} scales, "
             f"{config.rounding} rounding" + (", rotated weights" if config.incoherence else ""),
             f"method         {config.method}, rank {config.rank}, split {config.split}, {config.form} form, "
             f"{config.iterations} iterations and {config.descent} of descent in the {config.rounding_metric} metric, "
@@ -105,7 +106,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
             gated=run.config.rounding == "yaqa",
             band=run.config.sketch_band,
         ),
-        bits=run.config.bits,
+        bits=max(run.grid_of(name).bits for name in run.quantized),
         rank=rank,
         sketch=run.config.sketch,
         held_out=run.held_out,
@@ -160,8 +161,18 @@ def output_bytes(run: Run) -> int:
 def block_output_bytes(run: Run, block: Block) -> float:
     """Bytes of a block's packed layers and their adapters."""
     rank = adapter_rank(run)
-    layers = [(linear.out_features, linear.in_features) for linear in block.linears if linear.name in run.quantized]
-    return sum(m * n * run.grid.bits_per_weight(n) / 8 + adapter_bytes(m, n, rank) for m, n in layers)
+    layers = [linear for linear in block.linears if linear.name in run.quantized]
+    return sum(
+        m * n * run.grid_of(name).bits_per_weight(n) / 8 + adapter_bytes(m, n, rank)
+        for name, m, n in ((linear.name, linear.out_features, linear.in_features) for linear in layers)
+    )
+
+
+def _widths(run: Run) -> str:
+    """``3``, or of several ``3 (180 layers), 4 (30 layers)``."""
+    counts = Counter(run.config.bits_of(name) for name in run.quantized)
+    several = ", ".join(f"{bits} ({count} layers)" for bits, count in sorted(counts.items()))
+    return several if len(counts) > 1 else str(*counts)
 
 
 def describe_window(window: Window) -> str:

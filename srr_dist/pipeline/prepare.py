@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from srr_dist.checkpoint.rotation import rotated
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens
 from srr_dist.config import QuantizeConfig
-from srr_dist.errors import CalibrationError, OutputError
+from srr_dist.errors import CalibrationError, ConfigError, OutputError
 from srr_dist.pipeline.host import release_memory
 from srr_dist.pipeline.run import Run, dtype_name, leave_unquantized
 from srr_dist.solve import make_grid
@@ -55,6 +57,7 @@ def open_sources(config: QuantizeConfig) -> Sources:
         checkpoint = rotated(checkpoint, config.seed)
     graph = build_graph(checkpoint)
     unquantized = leave_unquantized(graph, config, grid)
+    check_widths(graph, config, unquantized)
     if config.sketch and config.num_samples < FEW_SEQUENCES:
         log.warning(
             "num_samples: a sketch of %d sequences is noisy, whatever their length; %d or more of 128 to 256 tokens "
@@ -63,6 +66,33 @@ def open_sources(config: QuantizeConfig) -> Sources:
             FEW_SEQUENCES,
         )
     return Sources(config, checkpoint, graph, unquantized, *_tokens(config, checkpoint))
+
+
+def check_widths(graph: BlockGraph, config: QuantizeConfig, unquantized: Collection[str]) -> None:
+    """Warn of quantized layers whose widths vLLM will not serve.
+
+    Raises:
+        ConfigError: a rule of ``--widths`` gives no layer its bits.
+    """
+    linears = [linear for block in graph.blocks for linear in block.linears if linear.name not in unquantized]
+    left = [linear.name for linear in linears]
+    for pattern, bits in config.width_rules:
+        if len(others := [name for name in left if not re.search(pattern, name)]) == len(left):
+            raise ConfigError(
+                f"widths: {pattern}={bits} gives no layer its bits: none has such a name, or rules before it have them "
+                f"all; the first of {len(linears)} layers is {linears[0].name}"
+            )
+        left = others
+    widths: dict[str, set[int]] = {}
+    for linear in linears:
+        widths.setdefault(linear.input, set()).add(config.bits_of(linear.name))
+    if mixed := [reader for reader, several in widths.items() if len(several) > 1]:
+        log.warning(
+            "widths: in %d places layers that read one input differ in bits, first beside %s; transformers reads them, but "
+            "vLLM, which runs such layers as one, does not",
+            len(mixed),
+            mixed[0],
+        )
 
 
 def make_run(sources: Sources, output: str, *, on_gpu: bool, single_driver: bool = False, statistics: str = "") -> Run:

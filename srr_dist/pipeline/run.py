@@ -47,8 +47,12 @@ class Run:
 
     @property
     def grid(self) -> Grid:
-        """The base quantizer."""
+        """The base quantizer of layers to which ``--widths`` gives no other bits."""
         return make_grid(self.config.grid, self.config.bits, self.config.group_size)
+
+    def grid_of(self, layer: str) -> Grid:
+        """The base quantizer of a layer."""
+        return make_grid(self.config.grid, self.config.bits_of(layer), self.config.group_size)
 
     @property
     def calibrated(self) -> bool:
@@ -80,10 +84,10 @@ class Run:
             if linear.name not in self.unquantized
         )
 
-    def solve_options(self) -> SolveOptions:
-        """The solver's part of the configuration."""
+    def solve_options(self, grid: Grid) -> SolveOptions:
+        """The solver's part of the configuration, for layers on this grid."""
         config = self.config
-        quantizer = Quantizer(self.grid, config.scales, config.rounding)
+        quantizer = Quantizer(grid, config.scales, config.rounding)
         return SolveOptions(
             method=config.method,
             quantizer=quantizer,

@@ -6,7 +6,7 @@ each on one thread. A layer's bits do not depend on the number of threads, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,8 @@ class BlockSolver:
         for group in shared_inputs(self.block, self.run.quantized):
             metric = self._metric(group[0])
             for name in (linear.name for linear in group):
-                layer = changed[name].to(self.device)
-                found[name] = remeasured(self._weight(name), metric, solutions[name], layer, self.run.grid).to("cpu")
+                layer, grid = changed[name].to(self.device), self.run.grid_of(name)
+                found[name] = remeasured(self._weight(name), metric, solutions[name], layer, grid).to("cpu")
         return found
 
     def _solve_group(self, group: list[Linear]) -> dict[str, LayerSolution]:
@@ -87,7 +87,7 @@ class BlockSolver:
         W = self._weight(linear.name)
         if self.run.config.rounding == "yaqa":
             return solve_gated(self.run, linear, W, metric)
-        return solve_layer(W, metric, linear.name, self.run.solve_options())
+        return solve_layer(W, metric, linear.name, self.run.solve_options(self.run.grid_of(linear.name)))
 
     def _weight(self, name: str) -> Tensor:
         return self.weights[f"{name}.weight"].to(self.device)
@@ -107,11 +107,11 @@ class BlockSolver:
         return Metric.of(value.to(self.device), self.run.config.shrinkage)
 
 
-def result_tensors(solutions: Mapping[str, Stored], grid: Grid) -> dict[str, dict[str, Tensor]]:
-    """What solved layers add to their block's files, ``base`` and ``adapter``."""
+def result_tensors(solutions: Mapping[str, Stored], grid_of: Callable[[str], Grid]) -> dict[str, dict[str, Tensor]]:
+    """What solved layers add to their block's files, ``base`` and ``adapter``; each has a grid of its own."""
     base, adapter = dict[str, Tensor](), dict[str, Tensor]()
     for name, solution in solutions.items():
-        codes, scale = solution.codes, solution.scale
+        codes, scale, grid = solution.codes, solution.scale, grid_of(name)
         if grid.codebook:
             base |= nf4_tensors(name, codes, scale)
         else:

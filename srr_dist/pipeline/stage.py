@@ -222,7 +222,7 @@ class Stage(Pulse):
             solutions = self._tuner(held).tune(solver, solutions)
             held.seconds["tune"] = time.perf_counter() - started
         kept = {name: tensor for name, tensor in held.source.items() if name.removesuffix(".weight") not in solutions}
-        tensors = result_tensors(solutions, self.run.grid)
+        tensors = result_tensors(solutions, self.run.grid_of)
         self.commits.begin(
             unit_name(held.block.index),
             generation,

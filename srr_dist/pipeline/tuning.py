@@ -56,7 +56,7 @@ class BlockTuner:
         tuned = tune(
             {name: self.weights[f"{name}.weight"].to(device) for name in solutions},
             {name: solution.to(device) for name, solution in solutions.items()},
-            self.run.grid,
+            {name: self.run.grid_of(name) for name in solutions},
             error,
             len(self.inputs),
             TuneOptions(config.tune_steps, config.tune_batch, seed=layer_seed(config.seed, self.block.name)),

@@ -36,12 +36,13 @@ def solve_gated(run: Run, linear: Linear, W: Tensor, inputs: Metric) -> LayerSol
     if kept is None:
         raise StoreError(f"layer {linear.name}: what its gradients left is not kept any more, or was damaged")
     metric = sketch_metric(kept.sketch.take(), inputs, run.config.shrinkage)
-    options = run.solve_options()
+    grid = run.grid_of(linear.name)
+    options = run.solve_options(grid)
     solutions = {
         side: solve_layer(W, its_metric, linear.name, options)
         for side, its_metric in ((ONE_SIDED, inputs), (TWO_SIDED, metric))
     }
-    errors = {side: W.float() - found.weight(run.grid) for side, found in solutions.items()}
+    errors = {side: W.float() - found.weight(grid) for side, found in solutions.items()}
     choice = gate(errors, metric, kept.held_out.on(W.device))
     solution = solutions[choice["chosen"]]
     seconds = {

@@ -106,6 +106,7 @@ def solve_layer(W: Tensor, metric: Metric, name: str, options: SolveOptions) -> 
         "singular_values": sigma.tolist(),
         "seed": problem.seed,
         "damping": chosen.damping,
+        "bits": options.quantizer.grid.bits,
         "bits_per_weight": options.quantizer.grid.bits_per_weight(n) + 16 * problem.rank * (m + n) / (m * n),
         "seconds": {"solve": time.perf_counter() - started, "search": search.seconds if search else 0.0},
     }

@@ -137,7 +137,7 @@ class TunedLayer:
 def tune(
     weights: Mapping[str, Tensor],
     starts: Mapping[str, Stored],
-    grid: Grid,
+    grids: Mapping[str, Grid],
     error: BlockError,
     sequences: int,
     options: TuneOptions,
@@ -147,7 +147,7 @@ def tune(
     Args:
         weights: name -> W ``[m, n]`` of the layers that were solved.
         starts: name -> their solutions.
-        grid: of the codes.
+        grids: name -> that of the layer's codes.
         error: of the block.
         sequences: how many calibration sequences there are, two at least; every eighth, at least one, is held out.
         options: steps and rates.
@@ -155,11 +155,11 @@ def tune(
     held = range(sequences - max(1, sequences // 8), sequences)
 
     def measured(layers: Mapping[str, Stored]) -> float:
-        return error.value({name: layer.weight(grid) for name, layer in layers.items()}, held)
+        return error.value({name: layer.weight(grids[name]) for name, layer in layers.items()}, held)
 
     first = measured(starts)
     best = Tuned(dict(starts), 0, first, first)
-    layers = {name: TunedLayer(weights[name], start, grid, options) for name, start in starts.items()}
+    layers = {name: TunedLayer(weights[name], start, grids[name], options) for name, start in starts.items()}
     checks = {round(options.steps * check / _CHECKS) for check in range(1, _CHECKS + 1)}
     for step, batch in enumerate(_batches(held.start, options), 1):
         gradients = error.gradients({name: layer.weight() for name, layer in layers.items()}, batch)

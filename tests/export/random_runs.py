@@ -53,6 +53,12 @@ class Recipe:
     rank: Callable[[str], int | None] = lambda name: 4
     symmetric: bool = True
     codebook: str | None = None
+    others: tuple[tuple[str, int], ...] = ()
+    """Endings of names whose linears have other bits."""
+
+    def bits_of(self, name: str) -> int:
+        """Of a linear."""
+        return next((bits for ending, bits in self.others if name.endswith(ending)), self.bits)
 
 
 def llama_config(**options: object) -> PreTrainedConfig:
@@ -61,9 +67,9 @@ def llama_config(**options: object) -> PreTrainedConfig:
     return LlamaConfig(vocab_size=128, **{**sizes, **heads, **options})
 
 
-def random_linear(weight: torch.Tensor, rank: int, recipe: Recipe) -> Linear:
+def random_linear(weight: torch.Tensor, rank: int, recipe: Recipe, bits: int) -> Linear:
     m, n = weight.shape
-    limit = 1 << recipe.bits - 1
+    limit = 1 << bits - 1
     codes = torch.randint(-limit, limit, (m, n), dtype=torch.int8)
     if recipe.codebook:
         codes += limit
@@ -92,7 +98,6 @@ def commit_run(
     companions = {"config.json": config.to_json_string(use_diff=False).encode(), "tokenizer_config.json": b"{}\n"}
     output = Output(
         len(blocks),
-        recipe.bits,
         recipe.group_size,
         config.dtype,
         companions,
@@ -113,14 +118,16 @@ def commit_run(
             name = f"{prefix}.{suffix}"
             if not isinstance(module, torch.nn.Linear) or (rank := recipe.rank(name)) is None:
                 continue
-            linear = run.linears[name] = random_linear(base.pop(f"{name}.weight"), rank, recipe)
+            bits = recipe.bits_of(name)
+            linear = run.linears[name] = random_linear(base.pop(f"{name}.weight"), rank, recipe, bits)
             if recipe.codebook:
                 base |= nf4_tensors(name, linear.codes, linear.scale)
             else:
-                base |= linear_tensors(name, linear.codes, linear.scale, recipe.bits, linear.zero)
+                base |= linear_tensors(name, linear.codes, linear.scale, bits, linear.zero)
             adapter |= adapter_tensors(name, linear.L, linear.R)
             shape, values = list(linear.codes.shape), [1 / (i + 1) for i in range(rank)]
-            layers.append({"name": name, "shape": shape, "k": rank // 2, "rank": rank, "singular_values": values})
+            chosen = {"k": rank // 2, "rank": rank, "bits": bits, "singular_values": values}
+            layers.append({"name": name, "shape": shape, **chosen})
         _commit(area, scratch, f"{index:05d}", {"base": base, "adapter": adapter}, layers)
     _commit(area, scratch, REST, {"base": rest}, [])
     run.records = area.records()

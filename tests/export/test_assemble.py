@@ -70,6 +70,21 @@ def test_manifest_and_configuration_state_that_codes_have_zero_points(tmp_path):
     assert groups["group_0"]["weights"]["symmetric"] is False
 
 
+def test_manifest_and_configuration_state_the_bits_of_layers_that_differ(tmp_path):
+    recipe = Recipe(rank=lambda name: None if name.endswith("k_proj") else 4, others=(("v_proj", 5),))
+    run = commit_run(ObjectStore(str(tmp_path / "out")), tmp_path, llama_config(dtype="bfloat16"), recipe)
+    manifest = assemble(run.store, run.records, run.output, ["compressed"])
+    values = {f"model.layers.{i}.self_attn.v_proj" for i in range(2)}
+    assert {name for name, layer in manifest.layers.items() if layer["bits"] == 5} == values
+    groups = run.store.get_json("base/config.json")["quantization_config"]["config_groups"]
+    stated = {group["weights"]["num_bits"]: set(group["targets"]) for group in groups.values()}
+    assert stated == {3: manifest.layers.keys() - values, 5: values}
+    codes = 3 * 5 * 64 * 64 + 5 * 32 * 64  # two heads of 16 values beside the inputs of five layers
+    adapters = 16 * 4 * (5 * 128 + 96)
+    weights = (5 * 64 + 32) * 64
+    assert bits_per_weight(manifest.layers.values()) == pytest.approx((codes + adapters) / weights + 16 / 32)
+
+
 def test_index_names_the_shard_of_every_tensor(committed):
     assemble(committed.store, committed.records, committed.output, ["compressed"])
     index = committed.store.get_json("base/model.safetensors.index.json")

@@ -29,7 +29,9 @@ def random_linear(bits: int, groups: int, seed: int = 0) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_dequantized_equals_what_compressed_tensors_decompresses(bits, groups):
     codes, scale = random_linear(bits, groups)
-    config = QuantizationConfig.model_validate(quantization_config(bits, 64 // groups if groups > 1 else -1, []))
+    config = QuantizationConfig.model_validate(
+        quantization_config({"lin": bits}, 64 // groups if groups > 1 else -1, [])
+    )
     stored = {name.removeprefix("lin."): t for name, t in linear_tensors("lin", codes, scale, bits).items()}
     loaded = PackedQuantizationCompressor.decompress(stored, config.config_groups["group_0"])["weight"]
     assert loaded.dtype == torch.bfloat16
@@ -49,13 +51,13 @@ def test_zero_points_are_stored_and_read_as_compressed_tensors_does(bits, groups
     tensors = linear_tensors("lin", codes, scale, bits, zero)
     assert torch.equal(tensors["lin.weight_packed"], pack_to_int32(stored_codes, bits))
     assert torch.equal(tensors["lin.weight_zero_point"], pack_to_int32(zero.to(torch.int8), bits, packed_dim=0))
-    settings = quantization_config(bits, 64 // groups if groups > 1 else -1, [], symmetric=False)
+    settings = quantization_config({"lin": bits}, 64 // groups if groups > 1 else -1, [], symmetric=False)
     scheme = QuantizationConfig.model_validate(settings).config_groups["group_0"]
     local = {name.removeprefix("lin."): tensor for name, tensor in tensors.items()}
     assert set(local) == set(PackedQuantizationCompressor.compression_param_names(scheme))
     loaded = PackedQuantizationCompressor.decompress(local, scheme)["weight"]
     assert torch.equal(dequantized(codes, scale), loaded)
-    assert torch.equal(dense_tensors(tensors, bits)["lin.weight"], loaded)
+    assert torch.equal(dense_tensors(tensors, {"lin": bits})["lin.weight"], loaded)
 
 
 def test_zero_point_that_leaves_a_code_no_room_is_refused():
@@ -89,7 +91,7 @@ def test_linear_tensors_carry_the_names_and_types_of_the_format():
 def test_dense_tensors_restore_names_and_keep_the_rest():
     codes, scale = random_linear(4, 2)
     norm = torch.ones(3)
-    dense = dense_tensors({**linear_tensors("a.q", codes, scale, 4), "a.norm.weight": norm}, 4)
+    dense = dense_tensors({**linear_tensors("a.q", codes, scale, 4), "a.norm.weight": norm}, {"a.q": 4})
     assert list(dense) == ["a.q.weight", "a.norm.weight"]
     assert torch.equal(dense["a.q.weight"], dequantized(codes, scale))
     assert dense["a.norm.weight"] is norm
@@ -98,7 +100,7 @@ def test_dense_tensors_restore_names_and_keep_the_rest():
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group_size", "weights"), [(3, 32, GROUPED), (8, -1, PER_CHANNEL)])
 def test_quantization_config_golden(bits, group_size, weights, symmetric):
-    assert quantization_config(bits, group_size, ["lm_head", "a.gate"], symmetric=symmetric) == {
+    assert quantization_config({"lin": bits}, group_size, ["lm_head", "a.gate"], symmetric=symmetric) == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",

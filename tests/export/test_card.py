@@ -7,7 +7,7 @@ from srr_dist.export.card import CardFacts, model_card
 FACTS = CardFacts(
     model="org/Model-8B",
     method="srr",
-    bits=3,
+    widths=(3,),
     group_size=32,
     rank=24,
     bits_per_weight=3.68,
@@ -38,10 +38,22 @@ def test_card_states_what_a_group_shares():
 
 
 def test_card_of_codes_in_a_table_names_it_and_who_reads_it():
-    card = model_card(dataclasses.replace(FACTS, bits=4, group_size=64, codebook="nf4"))
+    card = model_card(dataclasses.replace(FACTS, widths=(4,), group_size=64, codebook="nf4"))
     assert "4-bit NF4 codes, a scale per 64 inputs" in card
     assert "`pip install transformers bitsandbytes peft`" in card
     assert "stay packed" in card and "compressed-tensors" not in card and "expands the weights" not in card
+
+
+def test_card_of_layers_that_differ_in_bits_names_their_widths():
+    for widths, title, stated in (
+        ((3, 4), "# org/Model-8B, 3 to 4 bits", "3- and 4-bit codes"),
+        ((2, 3, 5), "# org/Model-8B, 2 to 5 bits", "2-, 3- and 5-bit codes"),
+    ):
+        card = model_card(dataclasses.replace(FACTS, widths=widths))
+        assert title in card
+        assert stated in card
+        assert card.index("decompress_model(model)") < card.index('PeftModel.from_pretrained(model, "adapter")')
+    assert "decompress_model" not in model_card(FACTS)
 
 
 def test_card_loading_code_is_python():

@@ -17,7 +17,8 @@ from srr_dist.store.objects import ObjectStore
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_blocks_and_rest_together_are_the_model_with_its_factors(tmp_path, symmetric):
     rank = {"q_proj": None, "k_proj": 0}
-    recipe = Recipe(4, -1, False, lambda name: rank.get(name.rpartition(".")[2], 4), symmetric)
+    others = (("v_proj", 3), ("layers.1.mlp.up_proj", 8))
+    recipe = Recipe(4, -1, False, lambda name: rank.get(name.rpartition(".")[2], 4), symmetric, others=others)
     run = commit_run(ObjectStore(str(tmp_path / "out")), tmp_path, llama_config(dtype="float32"), recipe)
     assemble(run.store, run.records, run.output, ["compressed"])
     model = pickle.loads(pickle.dumps(QuantizedModel.open(run.store.url)))

@@ -63,7 +63,7 @@ def test_stored_linear_is_read_by_bitsandbytes_as_the_grid_s_own_value(group_siz
     assert (state.blocksize, tuple(state.shape), state.dtype) == (group_size, tuple(codes.shape), torch.bfloat16)
     read = dequantize_4bit(weight.data, state)
     assert torch.equal(read, make_grid("nf4", 4, group_size).dequantize(codes, scale).bfloat16())
-    dense = dense_tensors(tensors, 4)
+    dense = dense_tensors(tensors, {})
     assert list(dense) == ["lin.weight"]
     assert torch.equal(dense["lin.weight"], read)
 

@@ -47,6 +47,8 @@ GRIDS = {
     "int-asym4": Recipe(4, 32, False, uneven_rank, symmetric=False),
     "int-asym3-channel": Recipe(3, -1, False, uneven_rank, symmetric=False),
     "int-asym8": Recipe(8, 16, False, uneven_rank, symmetric=False),
+    "int2-to-5": Recipe(2, 32, False, uneven_rank, others=(("v_proj", 5), ("layers.0.mlp.up_proj", 3), ("fc2", 4))),
+    "mxint3-and-8": Recipe(3, 32, True, uneven_rank, others=(("q_proj", 8), ("fc1", 4))),
 }
 
 
@@ -58,10 +60,16 @@ def test_output_loaded_by_transformers_and_peft_holds_the_committed_values(tmp_p
     assemble(run.store, run.records, run.output, ["compressed"])
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base")
+    if GRIDS[grid_name].others:
+        base.hf_quantizer.compressor.decompress_model(base)
     expected = run.model.state_dict()
     for name, linear in run.linears.items():
         expected[f"{name}.weight"] = dequantized(linear.codes, linear.scale, dtype)
     found = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    if GRIDS[grid_name].others:  # scales stay there, and products are rounded in the type that was asked for
+        found = {name: found[name] for name in expected}
+        for name in run.linears:
+            found[f"{name}.weight"] = found[f"{name}.weight"].bfloat16().to(dtype)
     assert {name: t.dtype for name, t in found.items()} == dict.fromkeys(expected, dtype)
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
 
@@ -85,8 +93,9 @@ def test_output_loaded_in_another_dtype_holds_the_bfloat16_value_cast(tmp_path, 
         assert torch.equal(found[f"{name}.weight"], dequantized(linear.codes, linear.scale).to(dtype))
 
 
-def test_merged_export_loads_as_an_ordinary_model(tmp_path):
-    recipe = Recipe(rank=uneven_rank)
+@pytest.mark.parametrize("others", [(), (("k_proj", 6), ("layers.1.mlp.down_proj", 2))])
+def test_merged_export_loads_as_an_ordinary_model(tmp_path, others):
+    recipe = Recipe(rank=uneven_rank, others=others)
     run = commit_run(ObjectStore(str(tmp_path / "out")), tmp_path, llama_config(dtype="float32"), recipe)
     assemble(run.store, run.records, run.output, ["dense"])
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out/dense").state_dict()

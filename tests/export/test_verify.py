@@ -50,6 +50,23 @@ def with_zero_points(tmp_path):
     return store, assemble(store, run.records, run.output, ["compressed"])
 
 
+def test_verify_finds_a_layer_to_which_the_configuration_gives_other_bits(tmp_path):
+    store, name = ObjectStore(str(tmp_path / "out")), "model.layers.1.self_attn.v_proj"
+    run = commit_run(store, tmp_path, llama_config(dtype="bfloat16"), Recipe(others=(("v_proj", 5), ("o_proj", 4))))
+    manifest = assemble(store, run.records, run.output, ["compressed"])
+    assert verify_output(store.url) == []
+    config = store.get_json("base/config.json")
+    groups = {each["weights"]["num_bits"]: each for each in config["quantization_config"]["config_groups"].values()}
+    groups[5]["targets"].remove(name)
+    for targets, found in ((groups[4]["targets"], (4, 32, True)), ([], None)):
+        targets.append(name)
+        store.put("base/config.json", json.dumps(config).encode())
+        recommit(store, manifest)
+        expected = f"{found}, by the manifest layer {name} has (5, 32, True)"
+        assert verify_output(store.url) == [f"base/config.json: (bits, group size, symmetric) {expected}"]
+        targets.remove(name)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method_rank", [4, 0])
 def test_verify_sound_output_finds_nothing(tmp_path, method_rank, symmetric):

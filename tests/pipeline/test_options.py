@@ -15,6 +15,8 @@ import ray
 
 from srr_dist.config import JobConfig, QuantizeConfig
 from srr_dist.errors import CheckpointError, ConfigError, StoreError
+from srr_dist.export.load import QuantizedModel
+from srr_dist.export.verify import verify_output
 from srr_dist.pipeline.cluster import Cluster, connected
 from srr_dist.pipeline.driver import finish
 from srr_dist.pipeline.memory import Budget
@@ -42,6 +44,7 @@ CHANGES: list[dict[str, Any]] = [
     {"bits": 2},
     {"bits": 4},
     {"bits": 8},
+    {"widths": "v_proj$=4"},
     {"group_size": 16},
     {"group_size": -1},
     {"scales": "search"},
@@ -169,6 +172,58 @@ def test_normalfloat_differs_from_integers_of_its_width_and_is_named_with_what_i
     assert "4-bit NF4 codes, a scale per 64 inputs" in solved.area.store.get("README.md").decode()
     totals = solved.area.store.get_json("report.json")["totals"]
     assert (totals["bits_codes"], totals["bits_scales"]) == (4, 0.5)
+
+
+def test_layers_have_the_bits_that_rules_give_them_in_records_files_and_views(solver):
+    solved = solver.solve(widths=r"v_proj$=5 mlp\.(up|gate)=2", exclude="q_proj", group_size=32)
+    store, manifest = solved.area.store, read_complete(solved.area.store)
+    bits = {name.rpartition(".")[2]: layer["bits"] for name, layer in manifest.layers.items()}
+    assert bits == {"k_proj": 3, "v_proj": 5, "o_proj": 3, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+    plain = {layer["type"]: layer for layer in solver.solve(exclude="q_proj", group_size=32).record.layers}
+    for layer in solved.record.layers:
+        before, width = plain[layer["type"]], bits[layer["type"].rpartition(".")[2]]
+        assert layer["bits"] == width
+        assert layer["bits_per_weight"] - before["bits_per_weight"] == pytest.approx(width - 3)
+        error, was = layer["objective"]["stored"], before["objective"]["stored"]
+        assert (error < was, error == was, error > was) == (width > 3, width == 3, width < 3)
+    sizes = {name: m * n for name, (m, n) in ((name, layer["shape"]) for name, layer in manifest.layers.items())}
+    mean = sum(bits[name.rpartition(".")[2]] * size for name, size in sizes.items()) / sum(sizes.values())
+    totals = store.get_json("report.json")["totals"]
+    assert (totals["bits_codes"], totals["bits_scales"]) == (pytest.approx(mean), pytest.approx(0.5, abs=0.02))
+    assert "2-, 3- and 5-bit codes" in store.get("README.md").decode()
+    assert verify_output(store.url) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"tune_steps": 4, "tune_batch": 2, "num_samples": 8}, {"iterations": 1, "descent": 2}]
+)
+def test_codes_stay_within_their_width_whatever_changes_them(solver, change):
+    solved = solver.solve(widths="v_proj$=2 mlp=5", **change)
+    assert verify_output(solved.area.store.url) == []
+    model = QuantizedModel.open(solved.area.store.url)
+    weights, _ = model.block(0)
+    for name, layer in model.manifest.layers.items():
+        W = weights[f"{name}.weight"].float()
+        groups = W.reshape(len(W), -1, layer["group_size"])
+        values = max(len(set(group.tolist())) for row in groups for group in row)
+        assert 2 ** (layer["bits"] - 1) < values <= 2 ** layer["bits"]
+
+
+def test_rule_that_gives_no_layer_its_bits_is_refused(solver):
+    for widths in ("v_proj=4 values=5", "_proj=4 v_proj=5", "q_proj=4"):
+        pattern = widths.split()[-1]
+        with pytest.raises(ConfigError, match=rf"^widths: {pattern} gives no layer its bits.*of 6 layers is .*k_proj"):
+            solver.solve(widths=widths, exclude="q_proj")
+
+
+def test_widths_that_vllm_will_not_serve_are_warned_of(solver, caplog):
+    solver.solve(widths="up_proj=4 gate_proj=4 o_proj=2")
+    assert "vLLM" not in caplog.text
+    solver.solve(widths="up_proj=4")
+    assert (
+        "in 1 places layers that read one input differ in bits, first beside model.layers.0.mlp.gate_proj"
+        in caplog.text
+    )
 
 
 def test_method_none_makes_no_adapter(solver):

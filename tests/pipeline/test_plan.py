@@ -132,6 +132,20 @@ def test_output_bytes_are_those_of_codes_scales_adapters_and_rest(model, text):
     assert found >= 6 * (codes + scales / 2 + factors) + rest  # a power-of-two scale is a byte of information
 
 
+def test_output_bytes_and_description_count_layers_of_other_widths(model, text):
+    plain, mixed = (make_run(model, text, bits=3, group_size=32, widths=widths) for widths in ("", "up_proj=5"))
+    more = sum(
+        linear.out_features * linear.in_features * 2 / 8
+        for block in plain.graph.blocks
+        for linear in block.linears
+        if linear.name.endswith("up_proj")
+    )
+    assert output_bytes(mixed) - output_bytes(plain) == pytest.approx(more, abs=1)
+    shown = [next(line for line in plan(run).describe().splitlines() if "quantizer" in line) for run in (plain, mixed)]
+    assert "int 3 bits, group 32" in shown[0]
+    assert "int 3 (36 layers), 5 (6 layers) bits, group 32" in shown[1]
+
+
 def test_output_bytes_count_zero_points(model, text):
     having, without = (
         output_bytes(make_run(model, text, bits=4, group_size=32, grid=grid)) for grid in ("int-asym", "int")

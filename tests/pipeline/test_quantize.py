@@ -83,7 +83,7 @@ def test_finished_output_loads_in_transformers_and_peft_as_it_was_committed(fini
     seen = set()
     for record in records(finished).values():
         tensors = {kind: safetensors.torch.load_file(finished / entry.path) for kind, entry in record.files.items()}
-        dense = dense_tensors(tensors["base"], bits=3)
+        dense = dense_tensors(tensors["base"], {layer["name"]: layer["bits"] for layer in record.layers})
         for packed in (name for name in tensors["base"] if name.endswith(PACKED)):
             name = packed.removesuffix(PACKED)
             L, R = (tensors["adapter"][key].float() for key in lora_names(name))

@@ -157,7 +157,7 @@ def test_committed_block_holds_the_solution_of_each_layer(model, text, tmp_path)
     for linear in block.linears:
         weight = source.pop(f"{linear.name}.weight")
         metric = Metric.of(moments[linear.input], run.config.shrinkage)
-        solution = solve_layer(weight, metric, linear.name, run.solve_options())
+        solution = solve_layer(weight, metric, linear.name, run.solve_options(run.grid))
         assert torch.equal(base.pop(linear.name + SHAPE), torch.tensor(weight.shape))
         assert torch.equal(base.pop(linear.name + SCALE), solution.scale)
         assert base.pop(linear.name + PACKED).dtype == torch.int32

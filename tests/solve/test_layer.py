@@ -163,7 +163,7 @@ def test_record_is_plain_json_with_its_fields():
     assert record == solution.result
     assert set(record) == {
         "name", "shape", "rank", "k", "k_criterion", "objective", "energy", "candidates", "search", "iteration",
-        "singular_values", "seed", "damping", "bits_per_weight", "seconds",
+        "singular_values", "seed", "damping", "bits", "bits_per_weight", "seconds",
     }  # fmt: skip
     assert set(record["objective"]) == {"k0", "criterion", "chosen", "stored"}
     assert (record["name"], record["shape"], record["rank"]) == (NAME, [48, 64], 16)

@@ -62,7 +62,7 @@ def solved(block: TwoLayers, method: str = "srr", grid: str = "int", rank: int =
 def test_tuning_lowers_the_error_on_sequences_it_did_not_see(grid, method):
     block = TwoLayers()
     starts, kind = solved(block, method, grid), make_grid(grid, 2, 8)
-    found = tune(block.W, starts, kind, block, 16, TuneOptions(60))
+    found = tune(block.W, starts, dict.fromkeys(block.W, kind), block, 16, TuneOptions(60))
     weights = {name: layer.weight(kind) for name, layer in found.layers.items()}
     assert found.error == block.value(weights, range(14, 16)) < 0.9 * found.error_before
     assert not {14, 15} & {sequence for batch in block.seen for sequence in batch}
@@ -79,7 +79,7 @@ def test_tuning_in_a_table_lowers_the_error_and_moves_codes_and_scales():
     block, kind = TwoLayers(width=64), make_grid("nf4", 4, 32)
     options = SolveOptions("none", Quantizer(kind), 0)
     starts = {name: solve_layer(W, Metric(torch.ones(W.shape[1])), name, options) for name, W in block.W.items()}
-    found = tune(block.W, starts, kind, block, 16, TuneOptions(60))
+    found = tune(block.W, starts, dict.fromkeys(block.W, kind), block, 16, TuneOptions(60))
     weights = {name: layer.weight(kind) for name, layer in found.layers.items()}
     assert found.error == block.value(weights, range(14, 16)) < 0.9 * found.error_before
     for name, layer in found.layers.items():
@@ -92,7 +92,7 @@ def test_scales_move_where_the_grid_has_any_value_and_stay_powers_of_two_where_n
     block = TwoLayers()
     for grid, moved in (("int", True), ("int-asym", True), ("mxint", False)):
         starts = solved(block, grid=grid)
-        found = tune(block.W, starts, make_grid(grid, 2, 8), block, 16, TuneOptions(20))
+        found = tune(block.W, starts, dict.fromkeys(block.W, make_grid(grid, 2, 8)), block, 16, TuneOptions(20))
         assert found.step > 0
         assert any(not torch.equal(found.layers[name].scale, starts[name].scale) for name in starts) == moved
 
@@ -100,7 +100,14 @@ def test_scales_move_where_the_grid_has_any_value_and_stay_powers_of_two_where_n
 def test_start_is_kept_where_no_step_is_better():
     block = TwoLayers()
     starts = solved(block)
-    found = tune(block.W, starts, make_grid("int", 2, 8), block, 16, TuneOptions(5, code_travel=50.0, adapter_rate=5.0))
+    found = tune(
+        block.W,
+        starts,
+        dict.fromkeys(block.W, make_grid("int", 2, 8)),
+        block,
+        16,
+        TuneOptions(5, code_travel=50.0, adapter_rate=5.0),
+    )
     assert found.step == 0
     assert found.error == found.error_before
     assert all(torch.equal(found.layers[name].codes, starts[name].codes) for name in starts)
@@ -110,7 +117,14 @@ def test_same_seed_gives_the_same_bits_and_another_another_order():
     results = []
     for seed in (3, 3, 4):
         block = TwoLayers()
-        found = tune(block.W, solved(block), make_grid("int", 2, 8), block, 16, TuneOptions(7, batch=5, seed=seed))
+        found = tune(
+            block.W,
+            solved(block),
+            dict.fromkeys(block.W, make_grid("int", 2, 8)),
+            block,
+            16,
+            TuneOptions(7, batch=5, seed=seed),
+        )
         results.append((block.seen, [tensor for layer in found.layers.values() for tensor in (layer.codes, layer.L)]))
     first, again, other = results
     assert first[0] == again[0] != other[0]
@@ -150,7 +164,7 @@ def test_one_step_is_that_of_plain_float64(grid):
 def test_remeasured_solution_is_what_is_stored():
     block = TwoLayers()
     starts, kind = solved(block), make_grid("int", 2, 8)
-    found = tune(block.W, starts, kind, block, 16, TuneOptions(20))
+    found = tune(block.W, starts, dict.fromkeys(block.W, kind), block, 16, TuneOptions(20))
     for name, W in block.W.items():
         metric = Metric(torch.rand(W.shape[1], generator=torch.Generator().manual_seed(0)) + 0.5, unit=3.0)
         layer = remeasured(W, metric, starts[name], found.layers[name], kind)
