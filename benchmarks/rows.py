@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,10 +184,14 @@ class Row:
 
 
 def load_stored(
-    decoder: Decoder, block: Block, weights: dict[str, Tensor], stored: Mapping[str, Stored], grid: Grid
+    decoder: Decoder,
+    block: Block,
+    weights: dict[str, Tensor],
+    stored: Mapping[str, Stored],
+    grid_of: Callable[[str], Grid],
 ) -> None:
-    """Have the decoder hold a block with these layers in the place of its own."""
-    quantized = {f"{name}.weight": grid.dequantize(layer.codes, layer.scale) for name, layer in stored.items()}
+    """Have the decoder hold a block with these layers, each on its grid, in the place of its own."""
+    quantized = {f"{name}.weight": grid_of(name).dequantize(layer.codes, layer.scale) for name, layer in stored.items()}
     module = decoder.load_block(block.index, weights | quantized)
     factors = {name: (layer.L, layer.R) for name, layer in stored.items() if layer.L.shape[1]}
     attach_adapters(module, decoder.linear_modules(block.index), factors)
@@ -206,7 +210,8 @@ class SolvedRow(Row):
         stored: Mapping[str, Stored] = self._solve(original)
         if self.recipe.tune_steps:
             stored = self._tune(decoder, original, stored)
-        load_stored(decoder, original.block, original.weights, stored, self.recipe.options.quantizer.grid)
+        grid = self.recipe.options.quantizer.grid
+        load_stored(decoder, original.block, original.weights, stored, lambda _: grid)
 
     def costs(self) -> dict[str, float]:
         return {

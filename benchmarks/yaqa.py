@@ -2,10 +2,12 @@
 
 Moments and sketches are collected once, after each of ``--sequences``. From them, layers are solved for their inputs,
 from their sketch, and with the gate that the library has between the two; all of these models are compared with the
-original on held-out text. Sketches, gate and solver are the library's own; what differs from ``srr_dist.quantize`` is
-only that nothing is committed.
+original on held-out text. With ``--mean-bits`` layers differ in width, by what codes of each of ``--widths`` do to
+gradients held out; the rules that have been found are written to the errors' stream as a run takes them. Sketches, gate
+and solver are the library's own; what differs from ``srr_dist.quantize`` is only that nothing is committed.
 
     python benchmarks/yaqa.py --model M --calibration TEXT --text TEXT --folder yaqa --bits 2 3 4 --sequences 64 1024
+    python benchmarks/yaqa.py --model M --calibration TEXT --text TEXT --folder yaqa --rank 0 --mean-bits 3.25
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from curves import Curves
 from rows import Original, Row, columns, load_stored, score, show
 from torch import Tensor
 from walk import Walk
@@ -35,6 +39,7 @@ from srr_dist.checkpoint.tokens import calibration_tokens, evaluation_tokens
 from srr_dist.solve import (
     ONE_SIDED,
     TWO_SIDED,
+    Grid,
     LayerSolution,
     Metric,
     Quantizer,
@@ -56,6 +61,18 @@ class Recipe:
     sketch: str
     sequences: int
     band: int
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Of layers that have others than the quantizer's own."""
+
+    def options_of(self, layer: str) -> SolveOptions:
+        """Those of a layer."""
+        quantizer = self.options.quantizer
+        grid = replace(quantizer.grid, bits=self.widths.get(layer, quantizer.grid.bits))
+        return replace(self.options, quantizer=replace(quantizer, grid=grid))
+
+    def grid_of(self, layer: str) -> Grid:
+        """That of a layer."""
+        return self.options_of(layer).quantizer.grid
 
     def metric(self, sides: dict[str, Tensor], inputs: Metric) -> Metric:
         """That of a sketch whose output sides were summed whole: of bands they would be the blocks on the diagonal."""
@@ -92,12 +109,30 @@ def recipes(arguments: argparse.Namespace) -> list[Recipe]:
     return found
 
 
+def mixed(recipe: Recipe, curves: Curves, mean_bits: float, *, together: bool) -> Recipe:
+    """A recipe whose layers differ in width."""
+    name = recipe.name.replace(str(recipe.options.quantizer.grid.bits), f"{mean_bits:g}", 1)
+    return replace(recipe, name=name + (", widths by input" if together else ""), widths=curves.widths(mean_bits))
+
+
+def measure(checkpoint: Checkpoint, graph: BlockGraph, walk: Walk, arguments: argparse.Namespace) -> Curves:
+    """The curve of every layer, from what the walk has left of the most sequences."""
+    curves = Curves(arguments.widths, arguments.grid, arguments.group_size, together=arguments.together)
+    for block in graph.blocks:
+        weights, left = checkpoint.read(block.tensors), walk.block(block.index)
+        moments = left[str(max(arguments.sequences))]["moments"]
+        for linear in block.linears:
+            metric, held_out = Metric.of(moments[linear.input]), HeldOut.of(left["held_out"][linear.name])
+            curves.add(linear, weights[f"{linear.name}.weight"].float(), metric, held_out)
+    return curves
+
+
 class SidedRow(Row):
     """One of a recipe's three models, whose layers are kept as they were solved."""
 
     def __init__(self, recipe: Recipe, side: str) -> None:
         super().__init__(f"{recipe.name}: {side}", [])
-        self._grid = recipe.options.quantizer.grid
+        self._grid_of = recipe.grid_of
         self._solutions: dict[str, LayerSolution] = {}
         self._chosen: Counter[str] = Counter()
         self._seconds = self._stored = 0.0
@@ -113,7 +148,7 @@ class SidedRow(Row):
 
     def load(self, decoder: Decoder, original: Original) -> None:
         stored = {linear.name: self._solutions[linear.name] for linear in original.block.linears}
-        load_stored(decoder, original.block, original.weights, stored, self._grid)
+        load_stored(decoder, original.block, original.weights, stored, self._grid_of)
 
     def costs(self) -> dict[str, float]:
         share = self._chosen[TWO_SIDED] / self._chosen.total()
@@ -124,7 +159,7 @@ def solve(
     recipe: Recipe, block: Block, weights: dict[str, Tensor], left: dict[str, Any], rows: dict[str, SidedRow]
 ) -> None:
     """Solve a block under a recipe for all of its three rows, from what the walk has left of it."""
-    grid, sums = recipe.options.quantizer.grid, left[str(recipe.sequences)]
+    sums = left[str(recipe.sequences)]
     metrics = {name: Metric.of(H, recipe.shrinkage) for name, H in sums["moments"].items()}
     for linear in block.linears:
         W, name, inputs = weights[f"{linear.name}.weight"], linear.name, metrics[linear.input]
@@ -132,8 +167,8 @@ def solve(
         found: dict[str, tuple[LayerSolution, float]] = {}
         for side, its_metric in ((ONE_SIDED, inputs), (TWO_SIDED, metric)):
             started = time.process_time()
-            found[side] = solve_layer(W, its_metric, name, recipe.options), time.process_time() - started
-        errors = {side: W.float() - solution.weight(grid) for side, (solution, _) in found.items()}
+            found[side] = solve_layer(W, its_metric, name, recipe.options_of(name)), time.process_time() - started
+        errors = {side: W.float() - solution.weight(recipe.grid_of(name)) for side, (solution, _) in found.items()}
         choice = gate(errors, metric, HeldOut.of(left["held_out"][name]))
         for side, (solution, seconds) in found.items():
             rows[side].keep(solution, seconds, side)
@@ -188,6 +223,10 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     if arguments.collect:
         return []
     chosen = recipes(arguments)
+    if arguments.mean_bits:
+        curves = measure(checkpoint, graph, walk, arguments)
+        means, together = arguments.mean_bits, arguments.together
+        chosen = [mixed(recipe, curves, mean_bits, together=together) for recipe in chosen for mean_bits in means]
     rows = {recipe.name: {s: SidedRow(recipe, s) for s in (ONE_SIDED, TWO_SIDED, GATED)} for recipe in chosen}
     for block in graph.blocks:
         weights, left = checkpoint.read(block.tensors), walk.block(block.index)
@@ -217,6 +256,9 @@ def main() -> None:
     parser.add_argument("--eval-len", type=int, default=1024)
     parser.add_argument("--kl-samples", type=int, default=4, help="KL over the first of them as well")
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
+    parser.add_argument("--mean-bits", type=float, nargs="+", default=[], help="of codes, instead of one width")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4, 5], help="that layers may then have")
+    parser.add_argument("--together", action="store_true", help="one width for layers of one input, as vLLM wants it")
     parser.add_argument("--curve-bits", type=int, default=3, help="width of the rows with fewer sequences")
     parser.add_argument("--grid", default="int")
     parser.add_argument("--group-size", type=int, default=64)

@@ -88,8 +88,8 @@ def check_widths(graph: BlockGraph, config: QuantizeConfig, unquantized: Collect
         widths.setdefault(linear.input, set()).add(config.bits_of(linear.name))
     if mixed := [reader for reader, several in widths.items() if len(several) > 1]:
         log.warning(
-            "widths: in %d places layers that read one input differ in bits, first beside %s; transformers reads them, but "
-            "vLLM, which runs such layers as one, does not",
+            "widths: in %d places layers that read one input differ in bits, first beside %s; transformers reads them, "
+            "but vLLM, which runs such layers as one, does not",
             len(mixed),
             mixed[0],
         )

@@ -7,6 +7,7 @@ Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m,
 ``tr(H_O Δ H Δᵀ)``.
 """
 
+from srr_dist.solve.allocation import allocate
 from srr_dist.solve.curvature import (
     ONE_SIDED,
     TWO_SIDED,
@@ -38,6 +39,7 @@ __all__ = [
     "Stored",
     "TuneOptions",
     "Tuned",
+    "allocate",
     "gate",
     "kronecker_cosine",
     "make_grid",
