@@ -33,7 +33,9 @@ from tests.solve.problems import moment, normal, weight
 M, N, LINEAR = 48, 64, Linear("layer", 48, 64, "layer")
 GRID = IntGrid(2, 16)
 OPTIONS = SolveOptions("srr", Quantizer(GRID, "search", "yaqa"), 4, "criterion", iterations=1)
-RUN: Any = SimpleNamespace(config=SimpleNamespace(shrinkage=0.0), grid=GRID, solve_options=lambda: OPTIONS)
+RUN: Any = SimpleNamespace(
+    config=SimpleNamespace(shrinkage=0.0), grid_of=lambda _: GRID, solve_options=lambda _: OPTIONS
+)
 
 
 def gradients(count: int, outputs: int, first: int = 0) -> list[tuple[Tensor, Tensor]]:
