@@ -121,7 +121,7 @@ def test_bytes_of_a_gated_solution_are_those_of_the_tensors_that_are_alive(shape
 
     monkeypatch.setattr(two_sided, "recall", recall)
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(shrinkage=0.1), grid=options.quantizer.grid, solve_options=lambda: options
+        config=SimpleNamespace(shrinkage=0.1), grid_of=lambda _: options.quantizer.grid, solve_options=lambda _: options
     )
     linear = Linear("layer", m, n, "layer")
     solving = Solving(feedback=True, descent=True, downdated=rank > 0, gated=True, band=band)
