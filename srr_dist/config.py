@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,7 +120,7 @@ class QuantizeConfig:
         # bitsandbytes' table has one width, and transformers reads zero points of one alone.
         uniform = self.grid in ("nf4", "int-asym")
         _require(not (uniform and self.widths), "widths", f"one width with --grid {self.grid}", self.widths)
-        _check_widths(self.width_rules)
+        _ = self.width_rules  # which are read once, and refused here
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
         _require(self.descent >= 0, "descent", "0 or more", self.descent)
@@ -156,14 +157,14 @@ class QuantizeConfig:
         included = not self.include or re.search(self.include, layer) is not None
         return included and not (self.exclude and re.search(self.exclude, layer) is not None)
 
-    @property
-    def width_rules(self) -> list[tuple[str, str]]:
+    @cached_property
+    def width_rules(self) -> list[tuple[re.Pattern[str], int]]:
         """The pattern and the bits of each rule of ``widths``, in their order."""
-        return [(pattern, bits) for pattern, _, bits in (rule.rpartition("=") for rule in self.widths.split())]
+        return [_width_rule(rule) for rule in self.widths.split()]
 
     def bits_of(self, layer: str) -> int:
         """Bits of a code of this layer."""
-        return next((int(bits) for pattern, bits in self.width_rules if re.search(pattern, layer)), self.bits)
+        return next((bits for pattern, bits in self.width_rules if pattern.search(layer)), self.bits)
 
     def fingerprint(self, *, source: str, tokens: str, dtype: str) -> str:
         """sha256 over everything that changes bytes.
@@ -360,14 +361,14 @@ def _check_split(split: str, rank: int) -> None:
     _require(not fixed or int(k) <= rank, "split", f"fixed:K with K from 0 to the rank {rank}", split)
 
 
-def _check_widths(rules: list[tuple[str, str]]) -> None:
-    for pattern, bits in rules:
-        right = bool(pattern) and bits.isdecimal() and 2 <= int(bits) <= 8
-        _require(right, "widths", r"rules like v_proj=4 \.0\.mlp=5 with 2 to 8 bits", f"{pattern}={bits}")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"widths: {pattern!r} is no regular expression: {error}") from None
+def _width_rule(rule: str) -> tuple[re.Pattern[str], int]:
+    pattern, _, bits = rule.rpartition("=")
+    right = bool(pattern) and bits.isdecimal() and 2 <= int(bits) <= 8
+    _require(right, "widths", r"rules like v_proj=4 \.0\.mlp=5 with 2 to 8 bits", rule)
+    try:
+        return re.compile(pattern), int(bits)
+    except re.error as error:
+        raise ConfigError(f"widths: {pattern!r} is no regular expression: {error}") from None
 
 
 def _check_sketch(sketch: str) -> None:

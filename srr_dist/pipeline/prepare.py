@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from srr_dist.checkpoint.graph import BlockGraph, build_graph
+from srr_dist.checkpoint.graph import BlockGraph, build_graph, shared_inputs
 from srr_dist.checkpoint.rotation import rotated
 from srr_dist.checkpoint.source import Checkpoint, open_checkpoint
 from srr_dist.checkpoint.tokens import calibration_tokens
@@ -74,19 +73,17 @@ def check_widths(graph: BlockGraph, config: QuantizeConfig, unquantized: Collect
     Raises:
         ConfigError: a rule of ``--widths`` gives no layer its bits.
     """
-    linears = [linear for block in graph.blocks for linear in block.linears if linear.name not in unquantized]
-    left = [linear.name for linear in linears]
+    names = [linear.name for block in graph.blocks for linear in block.linears if linear.name not in unquantized]
+    left = names
     for pattern, bits in config.width_rules:
-        if len(others := [name for name in left if not re.search(pattern, name)]) == len(left):
+        if len(others := [name for name in left if not pattern.search(name)]) == len(left):
             raise ConfigError(
-                f"widths: {pattern}={bits} gives no layer its bits: none has such a name, or rules before it have them "
-                f"all; the first of {len(linears)} layers is {linears[0].name}"
+                f"widths: {pattern.pattern}={bits} gives no layer its bits: none has such a name, or rules before it "
+                f"have them all; the first of {len(names)} layers is {names[0]}"
             )
         left = others
-    widths: dict[str, set[int]] = {}
-    for linear in linears:
-        widths.setdefault(linear.input, set()).add(config.bits_of(linear.name))
-    if mixed := [reader for reader, several in widths.items() if len(several) > 1]:
+    groups = (group for block in graph.blocks for group in shared_inputs(block, frozenset(names)))
+    if mixed := [group[0].name for group in groups if len({config.bits_of(each.name) for each in group}) > 1]:
         log.warning(
             "widths: in %d places layers that read one input differ in bits, first beside %s; transformers reads them, "
             "but vLLM, which runs such layers as one, does not",
