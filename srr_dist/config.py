@@ -13,7 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,7 +120,7 @@ class QuantizeConfig:
         # bitsandbytes' table has one width, and transformers reads zero points of one alone.
         uniform = self.grid in ("nf4", "int-asym")
         _require(not (uniform and self.widths), "widths", f"one width with --grid {self.grid}", self.widths)
-        _ = self.width_rules  # which are read once, and refused here
+        _ = self.width_rules  # which refuses them
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
         _require(self.descent >= 0, "descent", "0 or more", self.descent)
@@ -157,10 +157,10 @@ class QuantizeConfig:
         included = not self.include or re.search(self.include, layer) is not None
         return included and not (self.exclude and re.search(self.exclude, layer) is not None)
 
-    @cached_property
-    def width_rules(self) -> list[tuple[re.Pattern[str], int]]:
+    @property
+    def width_rules(self) -> tuple[tuple[re.Pattern[str], int], ...]:
         """The pattern and the bits of each rule of ``widths``, in their order."""
-        return [_width_rule(rule) for rule in self.widths.split()]
+        return _width_rules(self.widths)
 
     def bits_of(self, layer: str) -> int:
         """Bits of a code of this layer."""
@@ -359,6 +359,11 @@ def _check_split(split: str, rank: int) -> None:
     fixed = rule == "fixed" and k.isdecimal()
     _require(fixed or split in SPLIT_RULES, "split", "search, criterion, energy or fixed:K", split)
     _require(not fixed or int(k) <= rank, "split", f"fixed:K with K from 0 to the rank {rank}", split)
+
+
+@cache
+def _width_rules(widths: str) -> tuple[tuple[re.Pattern[str], int], ...]:
+    return tuple(_width_rule(rule) for rule in widths.split())
 
 
 def _width_rule(rule: str) -> tuple[re.Pattern[str], int]:
