@@ -2,9 +2,9 @@
 
 Moments and sketches are collected once, after each of ``--sequences``. From them, layers are solved for their inputs,
 from their sketch, and with the gate that the library has between the two; all of these models are compared with the
-original on held-out text. With ``--mean-bits`` layers differ in width, by what codes of each of ``--widths`` do to
-gradients held out; the rules that have been found are written to the errors' stream as a run takes them. Sketches, gate
-and solver are the library's own; what differs from ``srr_dist.quantize`` is only that nothing is committed.
+original on held-out text. With ``--mean-bits`` layers differ in width; the rules that have been found are written to
+the errors' stream as a run takes them. Sketches, gate and solver are the library's own; what differs from
+``srr_dist.quantize`` is only that nothing is committed.
 
     python benchmarks/yaqa.py --model M --calibration TEXT --text TEXT --folder yaqa --bits 2 3 4 --sequences 64 1024
     python benchmarks/yaqa.py --model M --calibration TEXT --text TEXT --folder yaqa --rank 0 --mean-bits 3.25
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import Curves
+from curves import mixed_widths
 from rows import Original, Row, columns, load_stored, score, show
 from torch import Tensor
 from walk import Walk
@@ -89,42 +89,28 @@ class Recipe:
 GATED = "gated"
 
 
-def recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """Without an adapter and with one, for every width; fewer sequences for the curve's width alone."""
+def recipes(arguments: argparse.Namespace, mixed: Mapping[float, Mapping[str, int]]) -> list[Recipe]:
+    """Without an adapter and with one, for every width; fewer sequences for the curve's width alone.
+
+    Where there are any, ``mixed`` widths of layers, by their mean, take the place of ``--bits``.
+    """
     found = []
-    choices = product(
-        arguments.bits, arguments.rank, arguments.descent, arguments.shrinkage, arguments.sketch, arguments.sequences
-    )
+    bits_of_codes, kinds = mixed or arguments.bits, arguments.sketch
+    choices = product(bits_of_codes, arguments.rank, arguments.descent, arguments.shrinkage, kinds, arguments.sequences)
     for bits, rank, descent, shrinkage, sketch, sequences in choices:
         if sequences < max(arguments.sequences) and (rank or bits != arguments.curve_bits):
             continue
-        quantizer = Quantizer(make_grid(arguments.grid, bits, arguments.group_size), "search", "yaqa")
+        quantizer = Quantizer(make_grid(arguments.grid, int(bits), arguments.group_size), "search", "yaqa")
         adapter: dict[str, Any] = {"iterations": 3, "rounding_metric": "downdated"} if rank else {}
         options = SolveOptions("srr" if rank else "none", quantizer, rank, "criterion", descent=descent, **adapter)
-        shape = f"{arguments.grid}{bits} g{arguments.group_size}" + (f" r{rank}" if rank else "")
+        shape = f"{arguments.grid}{bits:g} g{arguments.group_size}" + (f" r{rank}" if rank else "")
+        shape += ", widths by input" if mixed and arguments.together else ""
         shape += f", descent {descent}" if descent else ""
         name = f"{shape}, λ = {shrinkage:g}, {sketch} of {sequences}"
         name += f", bands of {arguments.sketch_band}" if arguments.sketch_band else ""
-        found.append(Recipe(name, options, shrinkage, sketch, sequences, arguments.sketch_band))
+        widths = mixed.get(bits, {})
+        found.append(Recipe(name, options, shrinkage, sketch, sequences, arguments.sketch_band, widths))
     return found
-
-
-def mixed(recipe: Recipe, curves: Curves, mean_bits: float, *, together: bool) -> Recipe:
-    """A recipe whose layers differ in width."""
-    name = recipe.name.replace(str(recipe.options.quantizer.grid.bits), f"{mean_bits:g}", 1)
-    return replace(recipe, name=name + (", widths by input" if together else ""), widths=curves.widths(mean_bits))
-
-
-def measure(checkpoint: Checkpoint, graph: BlockGraph, walk: Walk, arguments: argparse.Namespace) -> Curves:
-    """The curve of every layer, from what the walk has left of the most sequences."""
-    curves = Curves(arguments.widths, arguments.grid, arguments.group_size, together=arguments.together)
-    for block in graph.blocks:
-        weights, left = checkpoint.read(block.tensors), walk.block(block.index)
-        moments = left[str(max(arguments.sequences))]["moments"]
-        for linear in block.linears:
-            metric, held_out = Metric.of(moments[linear.input]), HeldOut.of(left["held_out"][linear.name])
-            curves.add(linear, weights[f"{linear.name}.weight"].float(), metric, held_out)
-    return curves
 
 
 class SidedRow(Row):
@@ -222,11 +208,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     walk.collect()
     if arguments.collect:
         return []
-    chosen = recipes(arguments)
-    if arguments.mean_bits:
-        curves = measure(checkpoint, graph, walk, arguments)
-        means, together = arguments.mean_bits, arguments.together
-        chosen = [mixed(recipe, curves, mean_bits, together=together) for recipe in chosen for mean_bits in means]
+    chosen = recipes(arguments, mixed_widths(checkpoint, graph, walk, arguments) if arguments.mean_bits else {})
     rows = {recipe.name: {s: SidedRow(recipe, s) for s in (ONE_SIDED, TWO_SIDED, GATED)} for recipe in chosen}
     for block in graph.blocks:
         weights, left = checkpoint.read(block.tensors), walk.block(block.index)
@@ -257,7 +239,6 @@ def main() -> None:
     parser.add_argument("--kl-samples", type=int, default=4, help="KL over the first of them as well")
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
     parser.add_argument("--mean-bits", type=float, nargs="+", default=[], help="of codes, instead of one width")
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4, 5], help="that layers may then have")
     parser.add_argument("--together", action="store_true", help="one width for layers of one input, as vLLM wants it")
     parser.add_argument("--curve-bits", type=int, default=3, help="width of the rows with fewer sequences")
     parser.add_argument("--grid", default="int")

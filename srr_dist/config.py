@@ -60,6 +60,11 @@ class QuantizeConfig:
         "",
         "other bits for some layers: PATTERN=BITS rules between spaces, the first that a layer's name matches counts",
     )
+    mean_bits: float = option(
+        0.0,
+        "bits of a code on the average, 2 to 8 in each layer by what they do to gradients held out; 0: --bits",
+    )
+    share_widths: bool = option(True, "layers that read one input have one width then, as vLLM wants it")
     group_size: int = option(64, "inputs that share a scale; -1 for one scale per output row")
     scales: str = option(
         "search", "absmax: reach a group's largest weight; search: the least error, inputs weighted", choices=SCALES
@@ -121,6 +126,10 @@ class QuantizeConfig:
         uniform = self.grid in ("nf4", "int-asym")
         _require(not (uniform and self.widths), "widths", f"one width with --grid {self.grid}", self.widths)
         _ = self.width_rules  # which refuses them
+        if self.mean_bits:
+            _require(2 <= self.mean_bits <= 8, "mean_bits", "2 to 8, or 0", self.mean_bits)
+            _require(not uniform, "mean_bits", f"0, one width, with --grid {self.grid}", self.mean_bits)
+            _require(not self.widths, "widths", "no rules with --mean-bits", self.widths)
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
         _require(self.iterations >= 0, "iterations", "0 or more", self.iterations)
         _require(self.descent >= 0, "descent", "0 or more", self.descent)
@@ -246,6 +255,8 @@ class RunConfig:
             "text to calibrate on (--calibration)",
             "",
         )
+        weighed = bool(config.quantize.sketch) or not config.quantize.mean_bits
+        _require(weighed, "sketch", "a kind of sketch with --mean-bits (--sketch B)", "")
         kept = bool(config.job.statistics) or not config.quantize.sketch
         _require(kept, "statistics", "where to keep sketches (--statistics) with --sketch", "")
         return config

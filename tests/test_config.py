@@ -39,6 +39,10 @@ REFUSED = [
     ("widths", "v_proj=9", "2 to 8 bits, found 'v_proj=9'"),
     ("widths", "=4", "rules like v_proj=4"),
     ("widths", "v_proj=4 (=3", "'(' is no regular expression"),
+    ("mean_bits", 1.9, "2 to 8, or 0, found 1.9"),
+    ("mean_bits", 8.1, "2 to 8, or 0"),
+    ("mean_bits", float("nan"), "2 to 8, or 0"),
+    ("share_widths", 1, "a value of type bool"),
     ("group_size", 0, "a positive number or -1"),
     ("group_size", -2, "a positive number or -1"),
     ("scales", "best", "one of absmax, search"),
@@ -122,6 +126,24 @@ def test_sketch_needs_text_a_place_and_sequences_to_hold_out():
     plain = {key: value for key, value in COMPLETE.items() if key != "calibration"} | {"method": "none"}
     with pytest.raises(ConfigError, match=r"^calibration: expected text"):
         RunConfig.from_options(plain | {"sketch": "B", "statistics": "kept"})
+
+
+def test_bits_to_spend_on_the_average_need_a_sketch_and_no_rules():
+    asked = {"mean_bits": 3.5, "sketch": "diag"}
+    assert RunConfig.from_options(COMPLETE | asked | {"statistics": "kept"}).quantize.mean_bits == 3.5
+    with pytest.raises(ConfigError, match=r"^sketch: expected a kind of sketch with --mean-bits \(--sketch B\)"):
+        RunConfig.from_options(COMPLETE | {"mean_bits": 3.5})
+    with pytest.raises(ConfigError, match=r"^widths: expected no rules with --mean-bits, found 'a=4'"):
+        QuantizeConfig(**asked, widths="a=4")
+    for grid in ("nf4", "int-asym"):
+        with pytest.raises(ConfigError, match=rf"^mean_bits: expected 0, one width, with --grid {grid}, found 3\.5"):
+            QuantizeConfig(**asked, grid=grid, bits=4)
+
+
+def test_configuration_lists_its_options_and_nothing_else():
+    config = QuantizeConfig(widths="a=4")
+    assert config.bits_of("a") == 4
+    assert vars(config).keys() == {field.name for field in fields(QuantizeConfig)}
 
 
 def test_rounding_against_the_output_needs_a_sketch_and_no_tuning():
@@ -226,7 +248,7 @@ CHANGES = {
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "widths": "a=4", "tune_steps": 9, "tune_batch": 2, "sketch": "B",
-    "first_token_share": 0.1, "incoherence": True, "sketch_band": 512,
+    "first_token_share": 0.1, "incoherence": True, "sketch_band": 512, "mean_bits": 3.5, "share_widths": False,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -275,7 +297,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "abe659adbae25e2df8c3ed594684433eb2ae6fdd1881c1dcd8fc046710419b82"
+    assert fingerprint() == "10c1eecec640c614c0f03f9bf7bd865f3522965f44af45da5e0098547aacf68f"
 
 
 def test_canonical_json_is_one_byte_string():

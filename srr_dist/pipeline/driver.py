@@ -24,6 +24,7 @@ from srr_dist.pipeline.run import Run, stored_dtype, unit_name, versions
 from srr_dist.pipeline.stage import Stage
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.watch import StopRequests, Watch, stop_requests
+from srr_dist.pipeline.widths import spend
 from srr_dist.pipeline.windows import Window, next_window, next_window_at_rest, next_window_back, reachable
 from srr_dist.pipeline.work import WindowWork, describe
 from srr_dist.store import ObjectStore, RunArea, read_complete
@@ -118,7 +119,7 @@ def work_off(
             for number in count():
                 todo = {unit: generation for unit, generation in missing.items() if unit not in ledger.quarantined}
                 workers = actors.gather(job.patience, job.watchdog, watch.tick) if todo else []
-                window = _next_window(plan, todo, boundaries, gradients, ledger, len(workers))
+                window = _next_window(plan, area, todo, boundaries, gradients, ledger, len(workers))
                 if window is None and REST not in todo:
                     break
                 if window is not None and window == passed:
@@ -203,6 +204,7 @@ def _output(run: Run) -> Output:
 
 def _next_window(
     plan: Plan,
+    area: RunArea,
     missing: Mapping[str, int],
     boundaries: Boundaries,
     gradients: Boundaries,
@@ -219,6 +221,10 @@ def _next_window(
         capacity = (1, 1) if suspects else (workers, plan.holding.blocks)
         places = boundaries.available(), gradients.available()
         return next_window_back(to_sketch, missing_moments, *places, *capacity)
+    if to_weigh := spend(plan.run, area) if pending else ():
+        if ledger.quarantined:  # bits are spent on all layers at once
+            return None
+        return next_window_at_rest(to_weigh, workers, plan.holding.blocks, suspects, then="weigh")
     if ready := pending & blocks_at_rest(plan.run):
         return next_window_at_rest(ready, workers, plan.holding.blocks, suspects)
     starts = boundaries.available()

@@ -22,6 +22,7 @@ from srr_dist.pipeline.operations import Work
 from srr_dist.pipeline.plan import Plan, block_output_bytes, hidden_size, output_bytes
 from srr_dist.pipeline.prepare import SCAN_BYTES
 from srr_dist.pipeline.windows import Window, batches
+from srr_dist.solve import BITS, Quantizer
 
 _WIDE = ("forward", "moments", "products", "narrow", "elementwise")
 """Kinds of work that all threads of a CPU share."""
@@ -77,6 +78,8 @@ def forecast(plan: Plan, hardware: Hardware) -> Forecast:
     costs = Costs(plan, hardware)
     seconds = {"starting": hardware.start + costs.scan(), "reading": 0.0, "calibrating": 0.0, "solving": 0.0}
     seconds["reading"] += costs.first_reading(plan.windows[0])
+    if plan.run.config.mean_bits:
+        seconds["weighing"] = sum(costs.weighing(window) for window in plan.windows)
     for window, later in zip_longest(plan.windows, plan.windows[1:]):
         if window.passes:
             seconds["calibrating"] += costs.passes(window, costs.calibrate)
@@ -158,6 +161,17 @@ class Costs:
         seq_len, sketch = run.token_ids.shape[1], (run.config.sketch, run.config.sketch_band)
         once = operations.passing(block, seq_len, hidden_size(run.checkpoint))
         return self.of(once + operations.sketching(block, run.quantized, *sketch, seq_len, once))
+
+    def weighing(self, window: Window) -> float:
+        """A window's blocks read once more before all others, and their layers rounded to codes of every width."""
+        run, blocks = self.plan.run, self.plan.run.graph.blocks
+        quantizer = Quantizer(run.grid, run.config.scales, "nearest")
+
+        def one(block: Block) -> float:
+            work = operations.weighing(block, run.quantized, quantizer, len(BITS), run.held_out)
+            return self.read(block) + self.of(work)
+
+        return max(sum(one(blocks[index]) for index in stage) for stage in window.stages)
 
     def solving(self, window: Window, later: Window | None) -> tuple[float, float]:
         """Until the last block of a window is stored, and from then until the next window's blocks are read."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srr_dist.calibration.backward import BlockPass
 from srr_dist.calibration.head import head_gradient
-from srr_dist.calibration.sketches import Sketch, sketch_passes, sketch_sides
+from srr_dist.calibration.sketches import HeldOut, Sketch, sketch_passes, sketch_sides
 from srr_dist.checkpoint.decoder import Decoder
 from srr_dist.checkpoint.graph import Block, Linear
 from srr_dist.pipeline.boundaries import Boundaries, BoundaryWriter
@@ -137,9 +137,14 @@ def recall(run: Run, linear: Linear) -> SketchedLayer | None:
     """What is kept of a layer's gradients; None where a part of it is not there any more, or damaged."""
     statistics, (m, n) = Statistics(run, run.config.sketch), (linear.out_features, linear.in_features)
     sketch = Sketch(run.config.sketch, m, n, band=run.config.sketch_band)
-    found = statistics.load_held_out(f"{linear.name}.{_HELD_OUT}")
+    found = recall_held_out(run, linear)
     whole = all(statistics.load(f"{linear.name}.{side}", moment) for side, moment in sketch.sides.items())
     return SketchedLayer(sketch, found) if found is not None and whole else None
+
+
+def recall_held_out(run: Run, linear: Linear) -> HeldOut | None:
+    """What is kept of a layer's gradients in sequences held out; None as above."""
+    return Statistics(run, run.config.sketch).load_held_out(f"{linear.name}.{_HELD_OUT}")
 
 
 def _names(run: Run, block: Block) -> set[str]:

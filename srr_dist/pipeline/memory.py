@@ -53,6 +53,8 @@ class Workload:
     """Kind of the sketches that gradients are summed in, "" for none."""
     held_out: int = 0
     """Sequences that these do not see."""
+    widths: int = 0
+    """Of codes, for each of which a layer's error is held while they are weighed; 0 where they are not."""
     vocabulary: int = 1
     """Of the head, where gradients begin."""
     threads: int = 1
@@ -134,6 +136,9 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
         passing = 2 * forward
         passing += sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n, band) for m, n in shapes)
         forward += max((_back_bytes(m, n, work) for m, n in shapes), default=0)
+    if work.widths:
+        weigh = max((_weigh_bytes(m, n, work) for m, n in shapes), default=0)
+        solve, beside = max(solve, weigh), max(beside, weigh)
     recalled = work.solving.gated * max((sketch_bytes(work.sketch, m, n, band) for m, n in shapes), default=0)
     kept = work.copies * weights * work.compute_bytes
     return Need(kept, source, moments, forward, products, solve, beside, results, packing, recalled, passing)
@@ -218,6 +223,14 @@ def _tune_bytes(weights: int, forward: int, threads: int) -> int:
     is passed back has gradients of its own, and keeps what layers read.
     """
     return weights * 4 * (6 + threads) + threads * 3 * forward
+
+
+def _weigh_bytes(m: int, n: int, work: Workload) -> int:
+    """In float32 W, its error at each width and what is multiplied with it, a gradient; and gradients as they are kept.
+
+    Of moments nothing is there while layers are weighed.
+    """
+    return 4 * m * n * (work.widths + 3) + work.held_out * held_out_bytes(work.seq_len, m, n)
 
 
 def _back_bytes(m: int, n: int, work: Workload) -> int:

@@ -35,6 +35,8 @@ _FIT_BYTES = 40
 _FEEDBACK_CALLS = 9
 """Operations on one input's weights."""
 _TRIAL_CALLS, _TRIAL_CHUNK = 12, 2**18
+_SLOPE_BYTES = 20
+"""Read and written for each weight to form a gradient and multiply an error with it."""
 _UPDATE_BYTES = 160
 """Read and written for each weight by a tuning step: what it is multiplied with, its gradients, Adam."""
 _CHECKS = 6
@@ -289,6 +291,18 @@ def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, f
         + metric(layers[0].n, (layer.block for layer in layers if layer.rank), options, full=full)
         for layers in groups
     ]
+
+
+def weighing(block: Block, quantized: frozenset[str], quantizer: Quantizer, widths: int, held_out: int) -> Work:
+    """Each layer rounded to the nearest codes of so many widths, and what each does to gradients held out."""
+    layers = [linear for linear in block.linears if linear.name in quantized]
+    rounded = (
+        LayerWork(each.out_features, each.in_features, SolveOptions("none", quantizer, 0), full=False).candidate(
+            quantizer
+        )
+        for each in layers
+    )
+    return total(rounded) * widths + Work(elementwise=_weights(block, quantized) * widths * held_out * _SLOPE_BYTES)
 
 
 def passing(block: Block, seq_len: int, hidden_size: int) -> Work:

@@ -14,6 +14,7 @@ from srr_dist.pipeline.memory import Budget, Holding, Need, Workload, adapter_by
 from srr_dist.pipeline.run import Run, dtype_name
 from srr_dist.pipeline.solve_memory import Solving
 from srr_dist.pipeline.windows import Window, all_windows
+from srr_dist.solve import BITS
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Plan:
         boundaries = (len(self.windows) - 1) * self.run.token_ids.size * hidden_size(self.run.checkpoint)
         boundaries *= self.run.dtype.itemsize * (2 if self.run.config.sketch else 1)  # and as many of gradients
         return {
-            "source read": self.run.checkpoint.total_bytes,
+            "source read": self.run.checkpoint.total_bytes * (2 if self.run.config.mean_bits else 1),  # weighed before
             "boundaries written and read": boundaries,
             "result written": output_bytes(self.run),
         }
@@ -106,10 +107,11 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
             gated=run.config.rounding == "yaqa",
             band=run.config.sketch_band,
         ),
-        bits=max(run.grid_of(name).bits for name in run.quantized),
+        bits=max(BITS) if run.config.mean_bits else max(run.grid_of(name).bits for name in run.quantized),
         rank=rank,
         sketch=run.config.sketch,
         held_out=run.held_out,
+        widths=len(BITS) if run.config.mean_bits else 0,
         vocabulary=run.checkpoint.config.get_text_config().vocab_size,
         threads=cluster.cpus,
         outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),
@@ -162,14 +164,18 @@ def block_output_bytes(run: Run, block: Block) -> float:
     """Bytes of a block's packed layers and their adapters."""
     rank = adapter_rank(run)
     layers = [linear for linear in block.linears if linear.name in run.quantized]
+    mean = run.config.mean_bits
+    more = mean - run.config.bits if mean else 0.0
     return sum(
-        m * n * run.grid_of(name).bits_per_weight(n) / 8 + adapter_bytes(m, n, rank)
+        m * n * (run.grid_of(name).bits_per_weight(n) + more) / 8 + adapter_bytes(m, n, rank)
         for name, m, n in ((linear.name, linear.out_features, linear.in_features) for linear in layers)
     )
 
 
 def _widths(run: Run) -> str:
-    """``3``, or of several ``3 (180 layers), 4 (30 layers)``."""
+    """``3``, or of several ``3 (180 layers), 4 (30 layers)``; ``3.5 (mean)`` where layers will have what they need."""
+    if run.config.mean_bits:
+        return f"{run.config.mean_bits:g} (mean)"
     counts = Counter(run.config.bits_of(name) for name in run.quantized)
     several = ", ".join(f"{bits} ({count} layers)" for bits, count in sorted(counts.items()))
     return several if len(counts) > 1 else str(*counts)

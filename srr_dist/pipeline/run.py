@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -44,6 +45,8 @@ class Run:
     """Whether the output's store is used without conditional writes."""
     statistics: str = ""
     """Where moments are kept for other runs, "" to keep none."""
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Bits of layers' codes as they were found for ``--mean-bits``; {} until then."""
 
     @property
     def grid(self) -> Grid:
@@ -52,7 +55,8 @@ class Run:
 
     def grid_of(self, layer: str) -> Grid:
         """The base quantizer of a layer."""
-        return make_grid(self.config.grid, self.config.bits_of(layer), self.config.group_size)
+        bits = self.widths.get(layer) or self.config.bits_of(layer)
+        return make_grid(self.config.grid, bits, self.config.group_size)
 
     @property
     def calibrated(self) -> bool:

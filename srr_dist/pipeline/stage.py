@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -34,6 +34,7 @@ from srr_dist.pipeline.solving import BlockSolver, result_tensors
 from srr_dist.pipeline.stage_plan import StagePlan
 from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.tuning import BlockTuner
+from srr_dist.pipeline.widths import weigh, widths_of
 from srr_dist.scratch import Scratch
 from srr_dist.store import ObjectStore, RunArea
 from srr_dist.store.records import REST
@@ -85,6 +86,8 @@ class Stage(Pulse):
         self.plan, self.way_back = plan, None
         self.leaving = BoundaryWriter(self.boundaries, plan.save) if plan.save is not None else None
         self.states = self.collector.states(plan.collect if plan.then == "solve" else ())
+        if plan.then == "solve" and self.run.config.mean_bits:
+            self.run = replace(self.run, widths=widths_of(self.run, self.area))
         for index in self.ahead.keys() - set(plan.blocks):
             del self.ahead[index]
         for index in plan.blocks:
@@ -159,6 +162,14 @@ class Stage(Pulse):
         for index in list(self.held):
             self._drop(index)
 
+    def weigh(self) -> None:
+        """Keep what codes of each width would do to the loss in the layers of every block."""
+        for index in sorted(self._plan().collect):
+            with blame(unit_name(index)):
+                held = self.held[index]
+                weigh(self.run, held.block, held.source, self.device, self.scratch.path)
+                self._drop(index)
+
     def solve(self, index: int, generation: int) -> bool:
         """Solve every layer of a block and begin its commit.
 
@@ -202,8 +213,8 @@ class Stage(Pulse):
         tensors = begun.result() if begun else self._read(block.index)
         self.decoder.load_block(block.index, tensors)
         plan = self._plan()
-        held = _Held(block, tensors if collect and plan.then == "solve" else {}, {})
-        if collect and plan.then != "back":
+        held = _Held(block, tensors if collect and plan.then in ("solve", "weigh") else {}, {})
+        if collect and plan.then not in ("back", "weigh"):
             listening = self.decoder.linear_modules(block.index) if plan.passes else None
             held.moments = self.collector.moments(block, listening)
         held.seconds = {"read": time.perf_counter() - started, "calibrate": 0.0}

@@ -29,6 +29,7 @@ from srr_dist.checkpoint.tensors import TensorEntry
 from srr_dist.errors import StoreError
 from srr_dist.export.tensorfile import TensorFile, decode_tensor, encode_header
 from srr_dist.pipeline.run import Run, dtype_name, versions
+from srr_dist.solve import BITS
 from srr_dist.store import ObjectStore
 from srr_dist.store.documents import encode
 
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 """Raised whenever the same model and tokens give other sums."""
-
 
 _COUNTS = ("tokens", "excluded", "weight")
 _DTYPES = {torch.float64: "F64", torch.bfloat16: "BF16"}
@@ -87,6 +87,13 @@ class Statistics:
         """Keep held-out gradients; ``scratch`` as above."""
         self._keep(name, held.tensors(), {}, scratch)
 
+    def save_curves(self, name: str, curves: Mapping[str, Mapping[int, float]], scratch: Path) -> None:
+        """Keep what codes of each of ``BITS`` do to the loss, by the layer; ``scratch`` as above."""
+        errors = {layer: [curve[bits] for bits in BITS] for layer, curve in curves.items()}
+        self._keep(
+            name, {layer: torch.tensor(each, dtype=torch.float64) for layer, each in errors.items()}, {}, scratch
+        )
+
     def load(self, name: str, moment: InputMoment) -> bool:
         """Fill ``moment``, new and of zeros, with what is kept under ``name``.
 
@@ -98,6 +105,14 @@ class Statistics:
     def load_held_out(self, name: str) -> HeldOut | None:
         """The held-out gradients kept under ``name``; None if there are no sound ones, as above."""
         return self._sound(name, lambda file: HeldOut.of(dict(_checked(file))))
+
+    def load_curves(self, name: str) -> dict[str, dict[int, float]] | None:
+        """The curves kept under ``name``; None if there are no sound ones, as above."""
+
+        def read(file: TensorFile) -> dict[str, dict[int, float]]:
+            return {layer: dict(zip(BITS, errors.tolist(), strict=True)) for layer, errors in _checked(file)}
+
+        return self._sound(name, read)
 
     def _keep(self, name: str, tensors: Mapping[str, Tensor], facts: dict[str, str], scratch: Path) -> None:
         """Write and upload the safetensors file of these tensors, one after the other."""

@@ -19,7 +19,8 @@ class Window:
             where no other block needs it.
         passes: whether sequences pass through the blocks; if not, each can be solved without them.
         then: what follows once they have passed: ``solve`` the blocks to collect; take gradients ``back`` through all
-            blocks, for the sketches of those to collect; or ``nothing``, where moments alone are collected.
+            blocks, for the sketches of those to collect; ``weigh`` what widths would do to them; or ``nothing``, where
+            moments alone are collected.
     """
 
     start: int
@@ -62,14 +63,18 @@ def next_window(
 
 
 def next_window_at_rest(
-    ready: Collection[int], stages: int, blocks_per_stage: int, suspects: Collection[int] = ()
+    ready: Collection[int],
+    stages: int,
+    blocks_per_stage: int,
+    suspects: Collection[int] = (),
+    then: str = "solve",
 ) -> Window:
-    """The window that solves the first of the blocks, not empty, which no sequence has to pass any more.
+    """The window that solves or weighs the first of the blocks, not empty, which no sequence has to pass any more.
 
     Suspects come last, each in a window to itself.
     """
     blocks = sorted(set(ready).difference(suspects))[: stages * blocks_per_stage] or [min(ready)]
-    return Window(blocks[0], even_parts(blocks, stages), frozenset(blocks), save=None, passes=False)
+    return Window(blocks[0], even_parts(blocks, stages), frozenset(blocks), save=None, passes=False, then=then)
 
 
 def next_window_back(

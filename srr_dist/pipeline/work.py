@@ -105,6 +105,9 @@ class WindowWork:
         match self._window.then if self._window is not None else "solve":
             case "back":
                 return self._sketch()
+            case "weigh":
+                self._watch.progress.begin(f"{self.name} · weighing")
+                return self._on_all("weigh", "weighing")
             case "nothing":
                 return []
         return self._solve()

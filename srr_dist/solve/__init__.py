@@ -7,16 +7,16 @@ Notation, in the papers' letters: a linear layer is ``y = x Wᵀ`` with ``W: [m,
 ``tr(H_O Δ H Δᵀ)``.
 """
 
-from srr_dist.solve.allocation import allocate
+from srr_dist.solve.allocation import allocate, width_errors
 from srr_dist.solve.curvature import (
     ONE_SIDED,
     TWO_SIDED,
     gate,
     kronecker_cosine,
-    second_order,
+    second_orders,
     sketch_metric,
 )
-from srr_dist.solve.grids import AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, NF4Grid, make_grid
+from srr_dist.solve.grids import BITS, AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, NF4Grid, make_grid
 from srr_dist.solve.layer import LayerSolution, Stored, remeasured, solve_layer
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.problem import SolveOptions
@@ -24,6 +24,7 @@ from srr_dist.solve.quantizer import Quantizer
 from srr_dist.solve.tuning import BlockError, Tuned, TuneOptions, tune
 
 __all__ = [
+    "BITS",
     "ONE_SIDED",
     "TWO_SIDED",
     "AsymmetricIntGrid",
@@ -44,8 +45,9 @@ __all__ = [
     "kronecker_cosine",
     "make_grid",
     "remeasured",
-    "second_order",
+    "second_orders",
     "sketch_metric",
     "solve_layer",
     "tune",
+    "width_errors",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ ruled by one or two of them, and one alone comes to a single standard error."""
 
 COSINE_OF = 8
 """Gradients that a cosine compares, in pairs."""
+
+K = TypeVar("K")
 
 
 def sketch_metric(sides: Mapping[str, Tensor], inputs: Metric, shrinkage: float) -> Metric:
@@ -70,10 +72,7 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
         is no number; ``second_order``, the estimates; the ``standard_error`` of the two's difference, over sequences;
         and the ``cosine`` between the sketch and what it stands for. None in the place of what is no number.
     """
-    slopes: dict[str, list[float]] = {side: [] for side in errors}
-    for G in gradients:  # which may be made as it is asked for: once for both
-        for side, error in errors.items():
-            slopes[side].append(inner(error, G))
+    slopes = _slopes(errors, gradients)
     estimates = {side: _mean_square(along) for side, along in slopes.items()}
     worse, doubt = _worse(slopes[TWO_SIDED], slopes[ONE_SIDED])
     few = gradients[:COSINE_OF]
@@ -85,18 +84,18 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
     }
 
 
-def second_order(delta: Tensor, gradients: Iterable[Tensor]) -> float:
+def second_orders(errors: Mapping[K, Tensor], gradients: Iterable[Tensor]) -> dict[K, float]:
     """``mean_s ⟨Δ, G_s⟩²``: twice what the loss grows by, to second order.
 
     Args:
-        delta: float32 ``[m, n]``, ``W − Ŵ``.
-        gradients: float32 ``[m, n]``, of sequences that neither the moments nor the solution have seen. Those with NaN
+        errors: Δ, float32 ``[m, n]``, ``W − Ŵ`` of several solutions.
+        gradients: float32 ``[m, n]``, of sequences that neither the moments nor a solution have seen; those with NaN
             or Inf do not count.
 
     Returns:
-        NaN if no sequence is left.
+        By the solution; NaN if no sequence is left.
     """
-    return _mean_square(inner(delta, G) for G in gradients)
+    return {name: _mean_square(along) for name, along in _slopes(errors, gradients).items()}
 
 
 def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
@@ -113,6 +112,15 @@ def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
         pairs += [inner(G, other) ** 2 for other in gradients[:number]]
     H_O = len(gradients[0]) if outputs is None else inner(outputs.H, outputs.H)  # the identity's
     return projection / math.sqrt(inner(metric.H, metric.H) * H_O * sum(pairs) / len(pairs))
+
+
+def _slopes(errors: Mapping[K, Tensor], gradients: Iterable[Tensor]) -> dict[K, list[float]]:
+    """``⟨Δ, G_s⟩`` of each error; gradients, which may be made as they are asked for, are asked for once."""
+    slopes: dict[K, list[float]] = {name: [] for name in errors}
+    for G in gradients:
+        for name, error in errors.items():
+            slopes[name].append(inner(error, G))
+    return slopes
 
 
 def _averaged(own: Metric, other: Metric) -> Metric:

@@ -23,6 +23,9 @@ from srr_dist.config import NF4_BLOCKS
 from srr_dist.errors import ConfigError
 from srr_dist.solve import normalfloat
 
+BITS = range(2, 9)
+"""Of a code."""
+
 PER_CHANNEL = -1
 """A ``group_size`` of −1 stands for one group per output row."""
 
@@ -57,7 +60,7 @@ class Grid(ABC):
     """Name of the table in which codes are looked up."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        if self.bits not in BITS:
             raise ConfigError(f"bits: expected 2 to 8, found {self.bits}; choose another --bits")
         if self.group_size != PER_CHANNEL and self.group_size < 1:
             raise ConfigError(f"group_size: expected a positive number or -1 (per channel), found {self.group_size}")

@@ -23,8 +23,7 @@ from srr_dist.calibration.sketches import (
     sketch_passes,
     sketch_waiting_bytes,
 )
-from srr_dist.solve import second_order
-from tests.solve.problems import with_threads
+from tests.solve.problems import second_order, with_threads
 
 KINDS = ("B", "A:1", "A:3", "full", "diag", "scalar")
 TALL, WIDE = (90, 12, 20), (5, 24, 40)

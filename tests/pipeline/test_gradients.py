@@ -28,11 +28,11 @@ from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.windows import Window, next_window_back
 from srr_dist.pipeline.work import WindowWork
 from srr_dist.seeds import layer_seed
-from srr_dist.solve import second_order
 from srr_dist.store import ObjectStore, RunArea
 from srr_dist.store.events import read_events
 from tests.conftest import Job
 from tests.families import build
+from tests.solve.problems import second_order
 
 SAMPLES, LENGTH, BLOCKS = 5, 24, 3
 DOWN = "model.layers.1.mlp.down_proj"

@@ -78,6 +78,8 @@ REFUSALS = {"revision", "max_bad_rows"}
 """Options that decide whether a run is refused; the latter is tested with the stage."""
 KEPT = {"sketch", "sketch_band"}
 """Options that decide what is kept beside the result; tested with the way back of gradients."""
+WEIGHED = {"mean_bits", "share_widths"}
+"""Options that ask gradients for the bits of each layer; tested with these widths."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def test_same_options_give_the_same_bytes(solver):
 
 def test_table_of_changes_names_every_option():
     named = {name for change in CHANGES for name in change}
-    assert named | LOCATIONS | REFUSALS | KEPT == {field.name for field in fields(QuantizeConfig)}
+    assert named | LOCATIONS | REFUSALS | KEPT | WEIGHED == {field.name for field in fields(QuantizeConfig)}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()))

@@ -24,11 +24,10 @@ from srr_dist.solve import (
     Metric,
     Quantizer,
     SolveOptions,
-    second_order,
     sketch_metric,
     solve_layer,
 )
-from tests.solve.problems import moment, normal, weight
+from tests.solve.problems import moment, normal, second_order, weight
 
 M, N, LINEAR = 48, 64, Linear("layer", 48, 64, "layer")
 GRID = IntGrid(2, 16)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from srr_dist.solve import AsymmetricIntGrid, Grid, IntGrid, Metric, MXIntGrid, NF4Grid
+from srr_dist.solve import AsymmetricIntGrid, Grid, IntGrid, Metric, MXIntGrid, NF4Grid, second_orders
 from srr_dist.solve.grids import PER_CHANNEL
 
 T = TypeVar("T")
@@ -123,3 +123,8 @@ def with_threads(threads: int, function: Callable[[], T]) -> T:
         return function()
     finally:
         torch.set_num_threads(before)
+
+
+def second_order(delta: Tensor, gradients: Iterable[Tensor]) -> float:
+    """The estimate for a single solution."""
+    return second_orders({0: delta}, gradients)[0]

@@ -4,9 +4,11 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from srr_dist.errors import ConfigError
-from srr_dist.solve import allocate
+from srr_dist.solve import allocate, make_grid, width_errors
+from tests.solve.problems import normal, weight, with_threads
 
 WIDTHS = (2, 3, 4, 5)
 
@@ -64,6 +66,49 @@ def test_order_and_scale_of_the_curves_do_not_matter():
         name: {width: 1e-9 * curve[width] for width in reversed(WIDTHS)} for name, curve in [*errors.items()][::-1]
     }
     assert allocate(turned, sizes, 3.3) == allocate(errors, sizes, 3.3)
+
+
+def test_layers_that_follow_a_leader_are_weighed_together_and_have_one_width():
+    errors, sizes = curves(6)
+    leaders = {name: "layer.0" if name in ("layer.0", "layer.3") else name for name in errors}
+    chosen = allocate(errors, sizes, 3.4, leaders)
+    both = {width: errors["layer.0"][width] + errors["layer.3"][width] for width in WIDTHS}
+    merged = {name: curve for name, curve in errors.items() if name != "layer.3"} | {"layer.0": both}
+    expected = allocate(merged, sizes | {"layer.0": sizes["layer.0"] + sizes["layer.3"]}, 3.4)
+    assert chosen == expected | {"layer.3": expected["layer.0"]}
+    assert list(chosen) == list(errors)
+    assert allocate(errors, sizes, 3.4)["layer.0"] != allocate(errors, sizes, 3.4)["layer.3"]
+
+
+def nearest(W, grid, scales):
+    """In float64: of the grid's scales for each group the first, or the one under which least is lost."""
+    groups, (low, high), tried = W.double().reshape(len(W), -1, grid.group_size), grid.code_range, []
+    for scale, _ in itertools.islice(grid.candidates(W), 1 if scales == "absmax" else None):
+        step = scale.double()[..., None]
+        tried.append(((groups / step).round().clamp(low, high) * step).bfloat16().double())
+    found = torch.stack(tried)
+    least = (groups - found).square().sum(-1).argmin(0)
+    return found.gather(0, least[None, ..., None].expand(1, *groups.shape))[0].reshape(W.shape)
+
+
+@pytest.mark.parametrize("scales", ["absmax", "search"])
+@pytest.mark.parametrize("kind", ["int", "mxint"])
+def test_errors_of_widths_are_what_nearest_codes_do_along_the_gradients(kind, scales):
+    W, gradients = weight(48, 64), [normal(48, 64, seed=seed).float() for seed in range(6)]
+    grids = {bits: make_grid(kind, bits, 16) for bits in (2, 3, 5, 8)}
+    found = width_errors(W, grids, scales, iter(gradients))
+    for bits, grid in grids.items():
+        delta = W.double() - nearest(W, grid, scales)
+        expected = sum(float((delta * G.double()).sum()) ** 2 for G in gradients) / 6
+        assert found[bits] == pytest.approx(expected, rel=1e-4)
+    assert sorted(found, key=found.__getitem__) == [8, 5, 3, 2]
+
+
+def test_errors_of_widths_do_not_depend_on_threads():
+    W, gradients = weight(160, 64), [normal(160, 64, seed=seed).float() for seed in range(4)]
+    grids = {bits: make_grid("int", bits, 16) for bits in WIDTHS}
+    first = with_threads(1, lambda: width_errors(W, grids, "search", gradients))
+    assert first == with_threads(3, lambda: width_errors(W, grids, "search", gradients))
 
 
 def test_bits_that_take_nothing_off_are_not_bought():

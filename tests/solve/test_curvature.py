@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from srr_dist.solve import Metric
-from srr_dist.solve.curvature import DOUBT, ONE_SIDED, TWO_SIDED, gate, kronecker_cosine, second_order
-from tests.solve.problems import full, moment, normal, with_threads
+from srr_dist.solve.curvature import DOUBT, ONE_SIDED, TWO_SIDED, gate, kronecker_cosine, second_orders
+from tests.solve.problems import full, moment, normal, second_order, with_threads
 
 
 def gradients(count, m=12, n=16):
@@ -25,6 +25,13 @@ def test_second_order_is_the_mean_square_along_the_gradients():
     assert second_order(delta, iter(seen)) == pytest.approx(expected, rel=1e-5)
     assert second_order(2 * delta, seen) == pytest.approx(4 * expected, rel=1e-5)
     assert second_order(torch.zeros(12, 16), seen) == 0.0
+
+
+def test_several_solutions_are_told_apart_and_each_gradient_is_asked_for_once():
+    deltas = {name: normal(12, 16, seed=seed).float() for name, seed in (("a", 7), ("b", 8))}
+    found = second_orders(deltas, iter(gradients(5)))  # an iterator gives each of them once
+    assert found == {name: second_order(delta, gradients(5)) for name, delta in deltas.items()}
+    assert found["a"] != found["b"]
 
 
 def test_sequences_with_nan_do_not_count():
