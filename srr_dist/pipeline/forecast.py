@@ -168,8 +168,8 @@ class Costs:
         quantizer = Quantizer(run.grid, run.config.scales, "nearest")
 
         def one(block: Block) -> float:
-            work = operations.weighing(block, run.quantized, quantizer, len(BITS), run.held_out)
-            return self.read(block) + self.of(work)
+            counts = {"widths": len(BITS), "held_out": run.held_out, "seq_len": run.token_ids.shape[1]}
+            return self.read(block) + self.of(operations.weighing(block, run.quantized, quantizer, **counts))
 
         return max(sum(one(blocks[index]) for index in stage) for stage in window.stages)
 

@@ -87,7 +87,7 @@ class Need:
     packing: int
     """Host memory to pack it and write it down, once the block is solved."""
     recalled: int = 0
-    """On the host, sums of the sketch with which a layer is solved on a GPU."""
+    """On the host, sums of the sketch with which a layer is solved on a GPU, or gradients by which it is weighed."""
     passing: int = 0
     """Rows that wait to be summed, and what autograd keeps of a pass until gradients come back from behind."""
 
@@ -136,10 +136,11 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
         passing = 2 * forward
         passing += sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n, band) for m, n in shapes)
         forward += max((_back_bytes(m, n, work) for m, n in shapes), default=0)
-    if work.widths:
-        weigh = max((_weigh_bytes(m, n, work) for m, n in shapes), default=0)
-        solve, beside = max(solve, weigh), max(beside, weigh)
     recalled = work.solving.gated * max((sketch_bytes(work.sketch, m, n, band) for m, n in shapes), default=0)
+    if work.widths:
+        kept = max((work.held_out * held_out_bytes(work.seq_len, m, n) for m, n in shapes), default=0)
+        weigh = kept * (not work.on_gpu) + max((_weigh_bytes(m, n, work.widths) for m, n in shapes), default=0)
+        solve, beside, recalled = max(solve, weigh), max(beside, weigh), max(recalled, kept)
     kept = work.copies * weights * work.compute_bytes
     return Need(kept, source, moments, forward, products, solve, beside, results, packing, recalled, passing)
 
@@ -225,12 +226,9 @@ def _tune_bytes(weights: int, forward: int, threads: int) -> int:
     return weights * 4 * (6 + threads) + threads * 3 * forward
 
 
-def _weigh_bytes(m: int, n: int, work: Workload) -> int:
-    """In float32 W, its error at each width and what is multiplied with it, a gradient; and gradients as they are kept.
-
-    Of moments nothing is there while layers are weighed.
-    """
-    return 4 * m * n * (work.widths + 3) + work.held_out * held_out_bytes(work.seq_len, m, n)
+def _weigh_bytes(m: int, n: int, widths: int) -> int:
+    """In float32 W, its error at each width, a gradient, and what they come to; of moments none is there by then."""
+    return 4 * m * n * (widths + 3)
 
 
 def _back_bytes(m: int, n: int, work: Workload) -> int:

@@ -35,8 +35,8 @@ _FIT_BYTES = 40
 _FEEDBACK_CALLS = 9
 """Operations on one input's weights."""
 _TRIAL_CALLS, _TRIAL_CHUNK = 12, 2**18
-_SLOPE_BYTES = 20
-"""Read and written for each weight to form a gradient and multiply an error with it."""
+_SLOPE_BYTES = 16
+"""Read and written for each weight to multiply an error with a gradient, and to add up what comes out."""
 _UPDATE_BYTES = 160
 """Read and written for each weight by a tuning step: what it is multiplied with, its gradients, Adam."""
 _CHECKS = 6
@@ -293,16 +293,17 @@ def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, f
     ]
 
 
-def weighing(block: Block, quantized: frozenset[str], quantizer: Quantizer, widths: int, held_out: int) -> Work:
-    """Each layer rounded to the nearest codes of so many widths, and what each does to gradients held out."""
+def weighing(
+    block: Block, quantized: frozenset[str], quantizer: Quantizer, *, widths: int, held_out: int, seq_len: int
+) -> Work:
+    """Each layer rounded to codes of so many widths, and what each does to gradients, which are formed from tokens."""
+    options, weights = SolveOptions("none", quantizer, 0), _weights(block, quantized)
     layers = [linear for linear in block.linears if linear.name in quantized]
     rounded = (
-        LayerWork(each.out_features, each.in_features, SolveOptions("none", quantizer, 0), full=False).candidate(
-            quantizer
-        )
-        for each in layers
+        LayerWork(each.out_features, each.in_features, options, full=False).rounding(quantizer) for each in layers
     )
-    return total(rounded) * widths + Work(elementwise=_weights(block, quantized) * widths * held_out * _SLOPE_BYTES)
+    formed = Work(products=2 * seq_len * weights, elementwise=widths * weights * _SLOPE_BYTES)
+    return total(rounded) * widths + formed * held_out
 
 
 def passing(block: Block, seq_len: int, hidden_size: int) -> Work:

@@ -158,6 +158,25 @@ def test_tuning_takes_three_passes_a_sequence_and_six_looks_at_those_held_out():
     assert operations.tuning(block(), frozenset({"q"}), one, rank=2, steps=0, batch=4, held=3) == Work()
 
 
+def test_weighing_rounds_each_layer_at_every_width_and_forms_each_gradient_once():
+    quantizer = Quantizer(OPTIONS.quantizer.grid, "search")
+    once = LayerWork(4, 8, OPTIONS, full=False).rounding(quantizer)
+    counts = {"widths": 7, "held_out": 3, "seq_len": 16}
+    found = operations.weighing(block(), frozenset({"down"}), quantizer, **counts)
+    assert found.products == 3 * 2 * 16 * 4 * 8
+    assert found.calls == 7 * once.calls > 0
+    assert found.elementwise == 7 * once.elementwise + 3 * 7 * 4 * 8 * operations._SLOPE_BYTES
+
+
+def test_bits_to_spend_take_time_to_weigh_before_anything_is_solved(six_blocks, text):
+    plain, spent = (forecast(make(six_blocks, text, sketch="B", mean_bits=mean), UNIT) for mean in (0.0, 3.0))
+    assert "weighing" not in plain.seconds
+    assert spent.seconds == plain.seconds | {"weighing": spent.seconds["weighing"]}
+    assert spent.seconds["weighing"] > 0
+    halved = forecast(make(six_blocks, text, workers=6, sketch="B", mean_bits=3.0), UNIT).seconds["weighing"]
+    assert halved == pytest.approx(spent.seconds["weighing"] / 6)
+
+
 def test_work_takes_the_sum_of_its_kinds_at_their_rates():
     assert Work(forward=6, write=10).seconds({"forward": 2.0, "write": 5.0}) == 5.0
 

@@ -146,6 +146,16 @@ def test_output_bytes_and_description_count_layers_of_other_widths(model, text):
     assert "int 3 (36 layers), 5 (6 layers) bits, group 32" in shown[1]
 
 
+def test_bits_to_spend_on_the_average_are_planned_for(model, text):
+    options = {"seq_len": 256, "sketch": "B", "method": "none", "rounding": "nearest", "iterations": 0, "descent": 0}
+    plain, spent = (make_run(model, text, group_size=32, mean_bits=mean, **options) for mean in (0.0, 4.5))
+    more = sum(linear.out_features * linear.in_features for block in plain.graph.blocks for linear in block.linears)
+    assert output_bytes(spent) - output_bytes(plain) == pytest.approx(1.5 * more / 8, abs=1)
+    assert plan(spent).traffic()["source read"] == 2 * plan(plain).traffic()["source read"]
+    assert plan(spent).needs[0].solve > plan(plain).needs[0].solve
+    assert "int 4.5 (mean) bits, group 32" in plan(spent).describe()
+
+
 def test_output_bytes_count_zero_points(model, text):
     having, without = (
         output_bytes(make_run(model, text, bits=4, group_size=32, grid=grid)) for grid in ("int-asym", "int")
