@@ -64,7 +64,9 @@ class QuantizeConfig:
         0.0,
         "bits of a code on the average, 2 to 8 in each layer by what they do to gradients held out; 0: --bits",
     )
-    share_widths: bool = option(True, "layers that read one input have one width then, as vLLM wants it")
+    own_widths: bool = option(
+        False, "let layers that read one input differ then too, which serves better, but vLLM, which joins them, cannot"
+    )
     group_size: int = option(64, "inputs that share a scale; -1 for one scale per output row")
     scales: str = option(
         "search", "absmax: reach a group's largest weight; search: the least error, inputs weighted", choices=SCALES
@@ -255,6 +257,8 @@ class RunConfig:
             "text to calibrate on (--calibration)",
             "",
         )
+        spent = bool(config.quantize.mean_bits) or not config.quantize.own_widths
+        _require(spent, "own_widths", "bits to spend (--mean-bits)", True)
         weighed = bool(config.quantize.sketch) or not config.quantize.mean_bits
         _require(weighed, "sketch", "a kind of sketch with --mean-bits (--sketch B)", "")
         kept = bool(config.job.statistics) or not config.quantize.sketch

@@ -42,7 +42,7 @@ REFUSED = [
     ("mean_bits", 1.9, "2 to 8, or 0, found 1.9"),
     ("mean_bits", 8.1, "2 to 8, or 0"),
     ("mean_bits", float("nan"), "2 to 8, or 0"),
-    ("share_widths", 1, "a value of type bool"),
+    ("own_widths", True, "bits to spend (--mean-bits)"),
     ("group_size", 0, "a positive number or -1"),
     ("group_size", -2, "a positive number or -1"),
     ("scales", "best", "one of absmax, search"),
@@ -248,7 +248,7 @@ CHANGES = {
     "scaling": "diag", "num_samples": 65, "seq_len": 1025, "seed": 1, "include": "q", "exclude": "q",
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "widths": "a=4", "tune_steps": 9, "tune_batch": 2, "sketch": "B",
-    "first_token_share": 0.1, "incoherence": True, "sketch_band": 512, "mean_bits": 3.5, "share_widths": False,
+    "first_token_share": 0.1, "incoherence": True, "sketch_band": 512, "mean_bits": 3.5, "own_widths": True,
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -297,7 +297,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "10c1eecec640c614c0f03f9bf7bd865f3522965f44af45da5e0098547aacf68f"
+    assert fingerprint() == "280423d8c1d64c7ad9abe301ea8e5f5b8e9dcde3ff343f66170ba9ef655ba2a0"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -102,7 +102,7 @@ def widths_of(run: Run, area: RunArea) -> dict[str, int]:
 def _allocated(run: Run, curves: Mapping[str, Mapping[int, float]]) -> dict[str, int]:
     layers = [linear for block in run.graph.blocks for linear in block.linears if linear.name in run.quantized]
     sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
-    leaders = {linear.name: linear.input for linear in layers} if run.config.share_widths else None
+    leaders = None if run.config.own_widths else {linear.name: linear.input for linear in layers}
     return allocate(curves, sizes, run.config.mean_bits, leaders)
 
 

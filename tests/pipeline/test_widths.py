@@ -99,7 +99,7 @@ def test_bits_are_those_that_the_layers_gradients_ask_for(run):
 
 
 def test_layers_of_one_input_have_widths_of_their_own_where_that_is_asked_for(run, model, text):
-    alone = a_run(model, text, Path(run.statistics).parent, share_widths=False)
+    alone = a_run(model, text, Path(run.statistics).parent, own_widths=True)
     assert alone.fingerprint != run.fingerprint
     assert spend(alone, area_of(alone)) == set()
     widths = widths_of(alone, area_of(alone))
@@ -168,7 +168,7 @@ def test_written_widths_that_are_not_this_runs_are_refused(model, text, tmp_path
         widths_of(other, area)
 
 
-ASKED = {"mean_bits": 3.5, "share_widths": False, "blocks_per_stage": 2, "workers": 1}
+ASKED = {"mean_bits": 3.5, "own_widths": True, "blocks_per_stage": 2, "workers": 1}
 
 
 @pytest.fixture(scope="module")
