@@ -51,7 +51,7 @@ def test_preset_by_its_name_is_a_complete_run_with_a_rank_that_vllm_serves(prese
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_with_a_model_a_text_and_an_output_is_a_complete_run(recipe: Path) -> None:
-    given = {"model": "some/model", "calibration": "text.txt", "output": "memory://out"}
+    given = {"model": "some/model", "calibration": "text.txt", "output": "memory://out", "statistics": "memory://kept"}
     config = RunConfig.from_options(resolve_options(given, str(recipe)))
     assert {name: getattr(config.quantize, name) for name in load_recipe(recipe)} == load_recipe(recipe)
 

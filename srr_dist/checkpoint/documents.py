@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from srr_dist.config import one_line
 from srr_dist.errors import CalibrationError
 from srr_dist.store.remote import open_filesystem
 
@@ -135,11 +136,20 @@ def _read_dataset(source: str) -> Iterator[Document]:
             f"{source}: not a file, and reading it as a datasets id needs that library; pip install 'srr_dist[data]'"
         ) from error
     path, config, split, column = source.split(":")
-    rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
-    for number, row in enumerate(rows, start=1):
-        content = row.get(column)
-        field = "text" if isinstance(content, str) else "input_ids"
-        yield _row_document(f"{source}, row {number}, column {column}", {field: content})
+    number = 0
+    try:
+        for row in datasets.load_dataset(path, config or None, split=split, streaming=True):
+            number += 1
+            content = row.get(column)
+            field = "text" if isinstance(content, str) else "input_ids"
+            yield _row_document(f"{source}, row {number}, column {column}", {field: content})
+    except CalibrationError:
+        raise
+    except Exception as error:  # the library's own, its readers' and those of the hub
+        raise CalibrationError(
+            f"{source}: cannot be read as a datasets id path:config:split:column, after {number} rows "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 _READERS: dict[str, Callable[[str, IO[bytes]], Iterator[Document]]] = {

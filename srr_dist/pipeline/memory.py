@@ -138,9 +138,9 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
         forward += max((_back_bytes(m, n, work) for m, n in shapes), default=0)
     recalled = work.solving.gated * max((sketch_bytes(work.sketch, m, n, band) for m, n in shapes), default=0)
     if work.widths:
-        kept = max((work.held_out * held_out_bytes(work.seq_len, m, n) for m, n in shapes), default=0)
-        weigh = kept * (not work.on_gpu) + max((_weigh_bytes(m, n, work.widths) for m, n in shapes), default=0)
-        solve, beside, recalled = max(solve, weigh), max(beside, weigh), max(recalled, kept)
+        gradients = max((work.held_out * held_out_bytes(work.seq_len, m, n) for m, n in shapes), default=0)
+        weigh = gradients * (not work.on_gpu) + max((_weigh_bytes(m, n, work.widths) for m, n in shapes), default=0)
+        solve, beside, recalled = max(solve, weigh), max(beside, weigh), max(recalled, gradients)
     kept = work.copies * weights * work.compute_bytes
     return Need(kept, source, moments, forward, products, solve, beside, results, packing, recalled, passing)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -196,6 +196,39 @@ def test_window_without_room_for_text_is_refused(ids_file: Path) -> None:
     refused(ids_file, r"2 windows of 1 tokens \(1 of them BOS\) hold no text", length=1, bos=True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the datasets library is installed")
-def test_datasets_id_without_the_library_names_the_extra() -> None:
+def rows_folder(folder: Path) -> str:
+    """A folder of rows as the `datasets` library takes it for a dataset."""
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [{"body": TEXT, "number": 3} for _ in range(40)])
+    return str(folder)
+
+
+def test_column_of_a_dataset_is_read_in_its_order(tmp_path: Path) -> None:
+    found = list(read_documents(f"{rows_folder(tmp_path / 'rows')}::train:body"))
+    assert [document.content for document in found] == [TEXT] * 40
+    assert found[2].origin.endswith("row 3, column body")
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("::test:body", r"after 0 rows \(ValueError: .*test"),
+        (":none:train:body", r"after 0 rows \(ValueError: .*none"),
+        ("::train:text", r"row 1, column text: expected a string field"),
+        ("::train:number", r"row 1, column number: expected a string field"),
+        ("-gone::train:body", r"cannot be read as a datasets id path:config:split:column, after 0 rows"),
+    ],
+)
+def test_datasets_id_that_cannot_be_read_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: str, message: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = rows_folder(tmp_path / "rows") + rest
+    with pytest.raises(CalibrationError, match=message) as caught:
+        list(read_documents(source))
+    assert str(caught.value).startswith(source) and "\n" not in str(caught.value)
+
+
+def test_datasets_id_without_the_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
     refused("wikitext:wikitext-2-raw-v1:train:text", r"pip install 'srr_dist\[data\]'")
