@@ -24,6 +24,9 @@ PROCESS_BYTES = 700 * 2**20
 _PACKING_BYTES = 5
 """For each code of the largest layer: as a level in two bytes, and in runs of eight as they are, shifted and joined."""
 
+_WEIGHING_BYTES = 24
+"""For each weight of a layer in float32: itself, its squared gradients, and four while its codes become an error."""
+
 SMALL_LAYER = 4 * 2**20
 """Weights of a layer up to which it is solved beside others."""
 
@@ -53,8 +56,8 @@ class Workload:
     """Kind of the sketches that gradients are summed in, "" for none."""
     held_out: int = 0
     """Sequences that these do not see."""
-    widths: int = 0
-    """Of codes, for each of which a layer's error is held while they are weighed; 0 where they are not."""
+    weighed: bool = False
+    """Whether gradients are asked what codes of each width do, before layers are solved."""
     vocabulary: int = 1
     """Of the head, where gradients begin."""
     threads: int = 1
@@ -137,9 +140,9 @@ def block_need(block: Block, source: int, work: Workload) -> Need:
         passing += sum(sketch_waiting_bytes(work.sketch, work.seq_len, m, n, band) for m, n in shapes)
         forward += max((_back_bytes(m, n, work) for m, n in shapes), default=0)
     recalled = work.solving.gated * max((sketch_bytes(work.sketch, m, n, band) for m, n in shapes), default=0)
-    if work.widths:
+    if work.weighed:
         gradients = max((work.held_out * held_out_bytes(work.seq_len, m, n) for m, n in shapes), default=0)
-        weigh = gradients * (not work.on_gpu) + max((_weigh_bytes(m, n, work.widths) for m, n in shapes), default=0)
+        weigh = gradients * (not work.on_gpu) + max((_WEIGHING_BYTES * m * n for m, n in shapes), default=0)
         solve, beside, recalled = max(solve, weigh), max(beside, weigh), max(recalled, gradients)
     kept = work.copies * weights * work.compute_bytes
     return Need(kept, source, moments, forward, products, solve, beside, results, packing, recalled, passing)
@@ -224,11 +227,6 @@ def _tune_bytes(weights: int, forward: int, threads: int) -> int:
     is passed back has gradients of its own, and keeps what layers read.
     """
     return weights * 4 * (6 + threads) + threads * 3 * forward
-
-
-def _weigh_bytes(m: int, n: int, widths: int) -> int:
-    """In float32 W, its error at each width, a gradient, and what they come to; of moments none is there by then."""
-    return 4 * m * n * (widths + 3)
 
 
 def _back_bytes(m: int, n: int, work: Workload) -> int:

@@ -35,8 +35,8 @@ _FIT_BYTES = 40
 _FEEDBACK_CALLS = 9
 """Operations on one input's weights."""
 _TRIAL_CALLS, _TRIAL_CHUNK = 12, 2**18
-_SLOPE_BYTES = 16
-"""Read and written for each weight to multiply an error with a gradient, and to add up what comes out."""
+_SQUARE_BYTES = 28
+"""Read and written for each weight to square a gradient, to see that it is finite, and to add it to those before."""
 _UPDATE_BYTES = 160
 """Read and written for each weight by a tuning step: what it is multiplied with, its gradients, Adam."""
 _CHECKS = 6
@@ -296,14 +296,14 @@ def solving(block: Block, quantized: frozenset[str], options: SolveOptions, *, f
 def weighing(
     block: Block, quantized: frozenset[str], quantizer: Quantizer, *, widths: int, held_out: int, seq_len: int
 ) -> Work:
-    """Each layer rounded to codes of so many widths, and what each does to gradients, which are formed from tokens."""
+    """Each layer rounded to codes of so many widths, and the squares of gradients, formed from tokens, summed once."""
     options, weights = SolveOptions("none", quantizer, 0), _weights(block, quantized)
     layers = [linear for linear in block.linears if linear.name in quantized]
     rounded = (
         LayerWork(each.out_features, each.in_features, options, full=False).rounding(quantizer) for each in layers
     )
-    formed = Work(products=2 * seq_len * weights, elementwise=widths * weights * _SLOPE_BYTES)
-    return total(rounded) * widths + formed * held_out
+    squares = Work(products=2 * seq_len * weights, elementwise=weights * _SQUARE_BYTES)
+    return total(rounded) * widths + squares * held_out
 
 
 def passing(block: Block, seq_len: int, hidden_size: int) -> Work:

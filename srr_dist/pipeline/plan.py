@@ -111,7 +111,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
         rank=rank,
         sketch=run.config.sketch,
         held_out=run.held_out,
-        widths=len(BITS) if run.config.mean_bits else 0,
+        weighed=run.config.mean_bits > 0,
         vocabulary=run.checkpoint.config.get_text_config().vocab_size,
         threads=cluster.cpus,
         outside=rest_bytes(run.checkpoint, run.graph, run.dtype.itemsize),

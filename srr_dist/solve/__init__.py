@@ -13,7 +13,6 @@ from srr_dist.solve.curvature import (
     TWO_SIDED,
     gate,
     kronecker_cosine,
-    second_orders,
     sketch_metric,
 )
 from srr_dist.solve.grids import BITS, AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, NF4Grid, make_grid
@@ -45,7 +44,6 @@ __all__ = [
     "kronecker_cosine",
     "make_grid",
     "remeasured",
-    "second_orders",
     "sketch_metric",
     "solve_layer",
     "tune",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -30,8 +30,6 @@ ruled by one or two of them, and one alone comes to a single standard error."""
 
 COSINE_OF = 8
 """Gradients that a cosine compares, in pairs."""
-
-K = TypeVar("K")
 
 
 def sketch_metric(sides: Mapping[str, Tensor], inputs: Metric, shrinkage: float) -> Metric:
@@ -72,7 +70,10 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
         is no number; ``second_order``, the estimates; the ``standard_error`` of the two's difference, over sequences;
         and the ``cosine`` between the sketch and what it stands for. None in the place of what is no number.
     """
-    slopes = _slopes(errors, gradients)
+    slopes: dict[str, list[float]] = {side: [] for side in errors}
+    for G in gradients:  # which may be made as it is asked for: once for both
+        for side, error in errors.items():
+            slopes[side].append(inner(error, G))
     estimates = {side: _mean_square(along) for side, along in slopes.items()}
     worse, doubt = _worse(slopes[TWO_SIDED], slopes[ONE_SIDED])
     few = gradients[:COSINE_OF]
@@ -82,20 +83,6 @@ def gate(errors: Mapping[str, Tensor], metric: Metric, gradients: Sequence[Tenso
         "standard_error": _number(doubt),
         "cosine": _number(kronecker_cosine(metric, few)) if len(few) > 1 else None,
     }
-
-
-def second_orders(errors: Mapping[K, Tensor], gradients: Iterable[Tensor]) -> dict[K, float]:
-    """``mean_s ⟨Δ, G_s⟩²``: twice what the loss grows by, to second order.
-
-    Args:
-        errors: Δ, float32 ``[m, n]``, ``W − Ŵ`` of several solutions.
-        gradients: float32 ``[m, n]``, of sequences that neither the moments nor a solution have seen; those with NaN
-            or Inf do not count.
-
-    Returns:
-        By the solution; NaN if no sequence is left.
-    """
-    return {name: _mean_square(along) for name, along in _slopes(errors, gradients).items()}
 
 
 def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
@@ -112,15 +99,6 @@ def kronecker_cosine(metric: Metric, gradients: Sequence[Tensor]) -> float:
         pairs += [inner(G, other) ** 2 for other in gradients[:number]]
     H_O = len(gradients[0]) if outputs is None else inner(outputs.H, outputs.H)  # the identity's
     return projection / math.sqrt(inner(metric.H, metric.H) * H_O * sum(pairs) / len(pairs))
-
-
-def _slopes(errors: Mapping[K, Tensor], gradients: Iterable[Tensor]) -> dict[K, list[float]]:
-    """``⟨Δ, G_s⟩`` of each error; gradients, which may be made as they are asked for, are asked for once."""
-    slopes: dict[K, list[float]] = {name: [] for name in errors}
-    for G in gradients:
-        for name, error in errors.items():
-            slopes[name].append(inner(error, G))
-    return slopes
 
 
 def _averaged(own: Metric, other: Metric) -> Metric:

@@ -165,7 +165,7 @@ def test_weighing_rounds_each_layer_at_every_width_and_forms_each_gradient_once(
     found = operations.weighing(block(), frozenset({"down"}), quantizer, **counts)
     assert found.products == 3 * 2 * 16 * 4 * 8
     assert found.calls == 7 * once.calls > 0
-    assert found.elementwise == 7 * once.elementwise + 3 * 7 * 4 * 8 * operations._SLOPE_BYTES
+    assert found.elementwise == 7 * once.elementwise + 3 * 4 * 8 * operations._SQUARE_BYTES
 
 
 def test_bits_to_spend_take_time_to_weigh_before_anything_is_solved(six_blocks, text):

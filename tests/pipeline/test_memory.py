@@ -222,14 +222,16 @@ def test_host_has_room_for_the_sketch_that_a_gpu_solves_with():
     assert more.host_bytes - little.host_bytes == 7 * MIB
 
 
-def test_weighing_has_room_for_the_error_of_every_width_and_for_what_is_kept_of_gradients():
+def test_weighing_has_room_for_weights_errors_and_what_is_kept_of_gradients():
     kept = 3 * 2 * 32 * (64 + 128)
-    plain, weighed = (block_need(block(0), 0, workload(sketch="B", held_out=3, widths=w)) for w in (0, 100))
-    assert weighed.solve == weighed.solve_beside == 4 * 64 * 128 * 103 + kept > plain.solve_beside
-    on_gpu = block_need(block(0), 0, workload(sketch="B", held_out=3, widths=100, on_gpu=True))
-    assert (on_gpu.solve, on_gpu.recalled) == (4 * 64 * 128 * 103, kept)
-    few = block_need(block(0), 0, workload(sketch="B", held_out=3, widths=1))
-    assert (few.solve, few.solve_beside) == (plain.solve, plain.solve_beside)  # where solving takes more
+    plain, weighed = (
+        block_need(block(0), 0, workload(sketch="B", scaling="diag", held_out=3, weighed=w)) for w in (False, True)
+    )
+    assert weighed.solve == weighed.solve_beside == 24 * 64 * 128 + kept > plain.solve_beside
+    on_gpu = block_need(block(0), 0, workload(sketch="B", scaling="diag", held_out=3, weighed=True, on_gpu=True))
+    assert (on_gpu.solve, on_gpu.recalled) == (24 * 64 * 128, kept)
+    solved = [block_need(block(0), 0, workload(sketch="B", held_out=300, weighed=w)).solve for w in (False, True)]
+    assert solved[0] < solved[1] == 24 * 64 * 128 + 100 * kept
 
 
 def test_where_gradients_begin_there_is_room_for_the_logits_of_as_many_tokens_as_are_taken_at_once():

@@ -147,7 +147,7 @@ def test_output_bytes_and_description_count_layers_of_other_widths(model, text):
 
 
 def test_bits_to_spend_on_the_average_are_planned_for(model, text):
-    options = {"seq_len": 256, "sketch": "B", "method": "none", "rounding": "nearest", "iterations": 0, "descent": 0}
+    options = {"seq_len": 256, "sketch": "B", "scaling": "diag", "iterations": 0, "descent": 0}
     plain, spent = (make_run(model, text, group_size=32, mean_bits=mean, **options) for mean in (0.0, 4.5))
     more = sum(linear.out_features * linear.in_features for block in plain.graph.blocks for linear in block.linears)
     assert output_bytes(spent) - output_bytes(plain) == pytest.approx(1.5 * more / 8, abs=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from srr_dist.solve import AsymmetricIntGrid, Grid, IntGrid, Metric, MXIntGrid, NF4Grid, second_orders
+from srr_dist.solve import AsymmetricIntGrid, Grid, IntGrid, Metric, MXIntGrid, NF4Grid
 from srr_dist.solve.grids import PER_CHANNEL
 
 T = TypeVar("T")
@@ -126,5 +127,7 @@ def with_threads(threads: int, function: Callable[[], T]) -> T:
 
 
 def second_order(delta: Tensor, gradients: Iterable[Tensor]) -> float:
-    """The estimate for a single solution."""
-    return second_orders({0: delta}, gradients)[0]
+    """``mean_s ⟨Δ, G_s⟩²`` over the gradients that are finite."""
+    along = [float((delta * G).sum(-1, dtype=torch.float64).sum()) for G in gradients]
+    squares = [slope**2 for slope in along if math.isfinite(slope)]
+    return sum(squares) / len(squares) if squares else math.nan

@@ -1,14 +1,15 @@
 """Bits are bought where they take most off: within the budget, evenly among equals, and as well as by trying all."""
 
 import itertools
+import math
 import random
 
 import pytest
 import torch
 
 from srr_dist.errors import ConfigError
-from srr_dist.solve import allocate, make_grid, width_errors
-from tests.solve.problems import normal, weight, with_threads
+from srr_dist.solve import Metric, Quantizer, allocate, make_grid, width_errors
+from tests.solve.problems import moment, normal, second_order, weight, with_threads
 
 WIDTHS = (2, 3, 4, 5)
 
@@ -80,28 +81,45 @@ def test_layers_that_follow_a_leader_are_weighed_together_and_have_one_width():
     assert allocate(errors, sizes, 3.4)["layer.0"] != allocate(errors, sizes, 3.4)["layer.3"]
 
 
-def nearest(W, grid, scales):
+def nearest(W, grid, scales, h):
     """In float64: of the grid's scales for each group the first, or the one under which least is lost."""
     groups, (low, high), tried = W.double().reshape(len(W), -1, grid.group_size), grid.code_range, []
     for scale, _ in itertools.islice(grid.candidates(W), 1 if scales == "absmax" else None):
         step = scale.double()[..., None]
         tried.append(((groups / step).round().clamp(low, high) * step).bfloat16().double())
     found = torch.stack(tried)
-    least = (groups - found).square().sum(-1).argmin(0)
+    least = ((groups - found).square() * h.reshape(1, -1, grid.group_size)).sum(-1).argmin(0)
     return found.gather(0, least[None, ..., None].expand(1, *groups.shape))[0].reshape(W.shape)
 
 
 @pytest.mark.parametrize("scales", ["absmax", "search"])
 @pytest.mark.parametrize("kind", ["int", "mxint"])
-def test_errors_of_widths_are_what_nearest_codes_do_along_the_gradients(kind, scales):
-    W, gradients = weight(48, 64), [normal(48, 64, seed=seed).float() for seed in range(6)]
+def test_errors_of_widths_are_those_of_nearest_codes_weighed_by_squared_gradients(kind, scales):
+    columns = torch.logspace(0, 2, 64, dtype=torch.float64)
+    W, gradients = weight(48, 64), [(normal(48, 64, seed=seed) * columns).float() for seed in range(6)]
     grids = {bits: make_grid(kind, bits, 16) for bits in (2, 3, 5, 8)}
-    found = width_errors(W, grids, scales, iter(gradients))
+    found = width_errors(W, grids, scales, iter([*gradients, torch.full((48, 64), torch.nan)]))
+    squares = sum(G.double().square() for G in gradients) / 6
     for bits, grid in grids.items():
-        delta = W.double() - nearest(W, grid, scales)
-        expected = sum(float((delta * G.double()).sum()) ** 2 for G in gradients) / 6
-        assert found[bits] == pytest.approx(expected, rel=1e-4)
+        delta = W.double() - nearest(W, grid, scales, squares.sum(0))
+        assert found[bits] == pytest.approx(float((delta.square() * squares).sum()), rel=1e-4)
     assert sorted(found, key=found.__getitem__) == [8, 5, 3, 2]
+
+
+def test_errors_of_widths_are_near_what_they_do_along_drawn_gradients():
+    """Of nearest codes, whose errors are as good as independent, ``E ⟨Δ, G⟩²`` is the weighed sum of squares."""
+    W, grid = weight(96, 128), make_grid("int", 4, 16)
+    left, right = (torch.linalg.cholesky(moment("decaying", size)) for size in (96, 128))
+    gradients = [(left @ normal(96, 128, seed=seed) @ right.mT).float() for seed in range(200)]
+    delta = W - grid.dequantize(*Quantizer(grid).quantize(W, Metric(torch.ones(128))))
+    found = width_errors(W, {4: grid}, "absmax", gradients)[4]
+    assert found == pytest.approx(second_order(delta, gradients), rel=0.3)
+
+
+def test_errors_of_widths_are_none_where_no_gradient_reaches_a_layer_and_unknown_without_any():
+    W, grids = weight(48, 64), {bits: make_grid("int", bits, 16) for bits in WIDTHS}
+    assert width_errors(W, grids, "search", [torch.zeros(48, 64)] * 2) == dict.fromkeys(WIDTHS, 0.0)
+    assert all(math.isnan(error) for error in width_errors(W, grids, "search", []).values())
 
 
 def test_errors_of_widths_do_not_depend_on_threads():

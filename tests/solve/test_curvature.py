@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from srr_dist.solve import Metric
-from srr_dist.solve.curvature import DOUBT, ONE_SIDED, TWO_SIDED, gate, kronecker_cosine, second_orders
+from srr_dist.solve.curvature import DOUBT, ONE_SIDED, TWO_SIDED, gate, kronecker_cosine
 from tests.solve.problems import full, moment, normal, second_order, with_threads
 
 
@@ -19,25 +19,15 @@ def drawn(count, C_O, C_I):
     return [(C_O @ normal(len(C_O), len(C_I), seed=s) @ C_I.mT).float() for s in range(count)]
 
 
-def test_second_order_is_the_mean_square_along_the_gradients():
-    delta, seen = normal(12, 16, seed=99).float(), gradients(5)
-    expected = sum(float((delta.double() * G.double()).sum()) ** 2 for G in seen) / 5
-    assert second_order(delta, iter(seen)) == pytest.approx(expected, rel=1e-5)
-    assert second_order(2 * delta, seen) == pytest.approx(4 * expected, rel=1e-5)
-    assert second_order(torch.zeros(12, 16), seen) == 0.0
-
-
-def test_several_solutions_are_told_apart_and_each_gradient_is_asked_for_once():
-    deltas = {name: normal(12, 16, seed=seed).float() for name, seed in (("a", 7), ("b", 8))}
-    found = second_orders(deltas, iter(gradients(5)))  # an iterator gives each of them once
-    assert found == {name: second_order(delta, gradients(5)) for name, delta in deltas.items()}
-    assert found["a"] != found["b"]
-
-
-def test_sequences_with_nan_do_not_count():
-    delta, seen = normal(12, 16, seed=99).float(), gradients(3)
-    assert second_order(delta, [*seen, torch.full((12, 16), torch.nan)]) == second_order(delta, seen)
-    assert math.isnan(second_order(delta, []))
+def test_estimates_are_the_mean_squares_along_the_gradients_that_are_finite():
+    errors = {side: normal(12, 16, seed=seed).float() for side, seed in ((ONE_SIDED, 98), (TWO_SIDED, 99))}
+    metric = Metric.of(moment("decaying", 16)).beside(Metric.of(moment("decaying", 12)))
+    found = gate(errors, metric, [*gradients(5), torch.full((12, 16), torch.nan)])["second_order"]
+    for side, delta in errors.items():
+        expected = sum(float((delta.double() * G.double()).sum()) ** 2 for G in gradients(5)) / 5
+        assert found[side] == pytest.approx(expected, rel=1e-5)
+    assert gate({side: torch.zeros(12, 16) for side in errors}, metric, gradients(5))["second_order"][ONE_SIDED] == 0.0
+    assert gate(errors, metric, [])["second_order"] == {ONE_SIDED: None, TWO_SIDED: None}
 
 
 def judged(one, two):
@@ -109,6 +99,7 @@ def test_estimate_of_drawn_gradients_is_the_objective():
 def test_estimates_are_bitwise_the_same_again_and_for_any_threads():
     delta, seen = normal(96, 160, seed=99).float(), gradients(3, 96, 160)
     metric = Metric.of(moment("decaying", 160)).beside(Metric.of(moment("decaying", 96)))
-    first = with_threads(1, lambda: (second_order(delta, seen), kronecker_cosine(metric, seen)))
+    errors = {ONE_SIDED: delta, TWO_SIDED: delta / 2}
+    first = with_threads(1, lambda: gate(errors, metric, seen))
     for threads in (1, 2):
-        assert first == with_threads(threads, lambda: (second_order(delta, seen), kronecker_cosine(metric, seen)))
+        assert first == with_threads(threads, lambda: gate(errors, metric, seen))
