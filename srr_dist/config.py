@@ -62,8 +62,9 @@ class QuantizeConfig:
     )
     mean_bits: float = option(
         0.0,
-        "bits of a code on the average, 2 to 8 in each layer by what they do to gradients held out; 0: --bits",
+        "bits of a code on the average, in each layer by what they do to gradients held out; 0: --bits everywhere",
     )
+    among: str = option("2 3 4 5 6 7 8", "bits that --mean-bits chooses from; some kernels run 4 and 8 alone")
     own_widths: bool = option(
         False, "let layers that read one input differ then too, which serves better, but vLLM, which joins them, cannot"
     )
@@ -128,8 +129,10 @@ class QuantizeConfig:
         uniform = self.grid in ("nf4", "int-asym")
         _require(not (uniform and self.widths), "widths", f"one width with --grid {self.grid}", self.widths)
         _ = self.width_rules  # which refuses them
+        choices = self.choices
         if self.mean_bits:
-            _require(2 <= self.mean_bits <= 8, "mean_bits", "2 to 8, or 0", self.mean_bits)
+            some = choices[0] <= self.mean_bits <= choices[-1]
+            _require(some, "mean_bits", f"{choices[0]} to {choices[-1]} (--among), or 0", self.mean_bits)
             _require(not uniform, "mean_bits", f"0, one width, with --grid {self.grid}", self.mean_bits)
             _require(not self.widths, "widths", "no rules with --mean-bits", self.widths)
         _require(self.rank >= 1 or self.method == "none", "rank", "at least 1 (or --method none)", self.rank)
@@ -176,6 +179,14 @@ class QuantizeConfig:
     def bits_of(self, layer: str) -> int:
         """Bits of a code of this layer."""
         return next((bits for pattern, bits in self.width_rules if pattern.search(layer)), self.bits)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The bits that ``--mean-bits`` chooses from, the least first."""
+        bits = self.among.split()
+        right = bool(bits) and all(each.isdecimal() and 2 <= int(each) <= 8 for each in bits)
+        _require(right, "among", "whole numbers from 2 to 8 between spaces", self.among)
+        return tuple(sorted(set(map(int, bits))))
 
     def fingerprint(self, *, source: str, tokens: str, dtype: str) -> str:
         """sha256 over everything that changes bytes.

@@ -39,9 +39,12 @@ REFUSED = [
     ("widths", "v_proj=9", "2 to 8 bits, found 'v_proj=9'"),
     ("widths", "=4", "rules like v_proj=4"),
     ("widths", "v_proj=4 (=3", "'(' is no regular expression"),
-    ("mean_bits", 1.9, "2 to 8, or 0, found 1.9"),
-    ("mean_bits", 8.1, "2 to 8, or 0"),
-    ("mean_bits", float("nan"), "2 to 8, or 0"),
+    ("mean_bits", 1.9, "2 to 8 (--among), or 0, found 1.9"),
+    ("mean_bits", 8.1, "2 to 8 (--among), or 0"),
+    ("mean_bits", float("nan"), "2 to 8 (--among), or 0"),
+    ("among", "", "whole numbers from 2 to 8 between spaces"),
+    ("among", "4,8", "whole numbers from 2 to 8 between spaces, found '4,8'"),
+    ("among", "4 9", "whole numbers from 2 to 8"),
     ("own_widths", True, "bits to spend (--mean-bits)"),
     ("group_size", 0, "a positive number or -1"),
     ("group_size", -2, "a positive number or -1"),
@@ -135,6 +138,9 @@ def test_bits_to_spend_on_the_average_need_a_sketch_and_no_rules():
         RunConfig.from_options(COMPLETE | {"mean_bits": 3.5})
     with pytest.raises(ConfigError, match=r"^widths: expected no rules with --mean-bits, found 'a=4'"):
         QuantizeConfig(**asked, widths="a=4")
+    assert QuantizeConfig(among="8 4 8").choices == (4, 8)
+    with pytest.raises(ConfigError, match=r"^mean_bits: expected 4 to 8 \(--among\), or 0, found 3\.5"):
+        QuantizeConfig(**asked, among="8 4")
     for grid in ("nf4", "int-asym"):
         with pytest.raises(ConfigError, match=rf"^mean_bits: expected 0, one width, with --grid {grid}, found 3\.5"):
             QuantizeConfig(**asked, grid=grid, bits=4)
@@ -249,6 +255,7 @@ CHANGES = {
     "max_bad_rows": 0.5, "scales": "absmax", "rounding": "nearest", "iterations": 1, "descent": 1, "shrinkage": 0.3,
     "rounding_metric": "full", "widths": "a=4", "tune_steps": 9, "tune_batch": 2, "sketch": "B",
     "first_token_share": 0.1, "incoherence": True, "sketch_band": 512, "mean_bits": 3.5, "own_widths": True,
+    "among": "4 8",
 }  # fmt: skip
 RESOLVED = {"dtype"}  # the argument, not the option, says what "auto" became
 
@@ -297,7 +304,7 @@ def test_identity_is_flat_json_and_says_the_format():
 
 
 def test_fingerprint_of_the_defaults_is_a_stable_literal():
-    assert fingerprint() == "280423d8c1d64c7ad9abe301ea8e5f5b8e9dcde3ff343f66170ba9ef655ba2a0"
+    assert fingerprint() == "0ecb33976a026d85eef143473cf9d0a5ff4bd09799722dc04c0c75f4bb3de81e"
 
 
 def test_canonical_json_is_one_byte_string():

@@ -14,7 +14,6 @@ from srr_dist.pipeline.memory import Budget, Holding, Need, Workload, adapter_by
 from srr_dist.pipeline.run import Run, dtype_name
 from srr_dist.pipeline.solve_memory import Solving
 from srr_dist.pipeline.windows import Window, all_windows
-from srr_dist.solve import BITS
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def make_plan(run: Run, cluster: Cluster, blocks_per_stage: int) -> Plan:
             gated=run.config.rounding == "yaqa",
             band=run.config.sketch_band,
         ),
-        bits=max(BITS) if run.config.mean_bits else max(run.grid_of(name).bits for name in run.quantized),
+        bits=max(run.config.choices) if run.config.mean_bits else max(run.grid_of(name).bits for name in run.quantized),
         rank=rank,
         sketch=run.config.sketch,
         held_out=run.held_out,

@@ -91,10 +91,10 @@ def widths_of(run: Run, area: RunArea) -> dict[str, int]:
     path = area.path(WIDTHS)
     widths = decode(area.store.get(path), area.store.location(path))
     whole = isinstance(widths, dict) and widths.keys() == run.quantized
-    if not whole or not all(bits in BITS for bits in widths.values()):
+    if not whole or not all(bits in run.config.choices for bits in widths.values()):
         raise StoreError(
-            f"{area.store.location(path)}: expected {BITS[0]} to {BITS[-1]} bits for each of {len(run.quantized)} "
-            "layers; remove it, and the bits are spent again"
+            f"{area.store.location(path)}: expected {', '.join(map(str, run.config.choices))} bits for each of "
+            f"{len(run.quantized)} layers; remove it, and the bits are spent again"
         )
     return dict(widths)
 
@@ -103,7 +103,8 @@ def _allocated(run: Run, curves: Mapping[str, Mapping[int, float]]) -> dict[str,
     layers = [linear for block in run.graph.blocks for linear in block.linears if linear.name in run.quantized]
     sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
     leaders = None if run.config.own_widths else {linear.name: linear.input for linear in layers}
-    return allocate(curves, sizes, run.config.mean_bits, leaders)
+    errors = {layer: {bits: curve[bits] for bits in run.config.choices} for layer, curve in curves.items()}
+    return allocate(errors, sizes, run.config.mean_bits, leaders)
 
 
 def _kept_as(run: Run, block: Block) -> str:

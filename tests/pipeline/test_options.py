@@ -78,7 +78,7 @@ REFUSALS = {"revision", "max_bad_rows"}
 """Options that decide whether a run is refused; the latter is tested with the stage."""
 KEPT = {"sketch", "sketch_band"}
 """Options that decide what is kept beside the result; tested with the way back of gradients."""
-WEIGHED = {"mean_bits", "own_widths"}
+WEIGHED = {"mean_bits", "own_widths", "among"}
 """Options that ask gradients for the bits of each layer; tested with these widths."""
 
 

@@ -107,6 +107,18 @@ def test_layers_of_one_input_have_widths_of_their_own_where_that_is_asked_for(ru
     assert mean(alone, widths) <= 3.5
 
 
+def test_widths_are_chosen_among_those_that_are_asked_for(run, model, text):
+    few = a_run(model, text, Path(run.statistics).parent, among="4 8", mean_bits=5.0)
+    assert few.fingerprint != run.fingerprint
+    assert spend(few, area_of(few)) == set()
+    widths = widths_of(few, area_of(few))
+    assert set(widths.values()) == {4, 8}
+    assert 4.5 < mean(few, widths) <= 5.0
+    area_of(few).store.put(area_of(few).path(WIDTHS), json.dumps(dict.fromkeys(widths, 3)).encode())
+    with pytest.raises(StoreError, match=r"widths\.json: expected 4, 8 bits for each of 21 layers"):
+        widths_of(few, area_of(few))
+
+
 def test_curves_serve_every_mean_and_rank_but_no_other_codes_or_layers(run, model, text):
     folder = Path(run.statistics).parent
     for change, missing in (
@@ -164,7 +176,9 @@ def test_written_widths_that_are_not_this_runs_are_refused(model, text, tmp_path
     other = a_run(model, text, tmp_path)
     area = area_of(other)
     area.store.put(area.path(WIDTHS), content)
-    with pytest.raises(StoreError, match=r"widths\.json: expected 2 to 8 bits for each of 21 layers; remove it"):
+    with pytest.raises(
+        StoreError, match=r"widths\.json: expected 2, 3, 4, 5, 6, 7, 8 bits for each of 21 layers; remove it"
+    ):
         widths_of(other, area)
 
 
