@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 
@@ -23,6 +24,7 @@ def mixed_widths(
 
     They are written to the errors' stream as the rules of a run.
     """
+    started = time.process_time()
     grids = {bits: make_grid(arguments.grid, bits, arguments.group_size) for bits in BITS}
     errors, sizes, inputs = dict[str, dict[int, float]](), dict[str, int](), dict[str, str]()
     for block in graph.blocks:
@@ -33,6 +35,7 @@ def mixed_widths(
             sizes[name], inputs[name] = W.numel(), linear.input
     leaders = inputs if arguments.together else None
     found = {mean_bits: allocate(errors, sizes, mean_bits, leaders) for mean_bits in arguments.mean_bits}
+    print(f"weighed in {time.process_time() - started:.0f} s", file=sys.stderr)
     for mean_bits, widths in found.items():
         print(f"{mean_bits:g} bits: {_rules(widths)}", file=sys.stderr)
     return found
