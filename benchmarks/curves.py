@@ -14,7 +14,8 @@ from walk import Walk
 from srr_dist.calibration.sketches import HeldOut
 from srr_dist.checkpoint.graph import BlockGraph
 from srr_dist.checkpoint.source import Checkpoint
-from srr_dist.solve import BITS, allocate, make_grid, width_errors
+from srr_dist.config import BITS
+from srr_dist.solve import allocate, make_grid, width_errors
 
 
 def mixed_widths(

@@ -26,6 +26,8 @@ FORMAT_VERSION = 3
 
 METHODS = ("srr", "qer", "none")
 GRIDS = ("mxint", "int", "int-asym", "nf4")
+BITS = range(2, 9)
+"""Of a code, where its grid has no other rule."""
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Group sizes under the grid nf4: those that bitsandbytes reads."""
 SCALES = ("absmax", "search")
@@ -64,7 +66,7 @@ class QuantizeConfig:
         0.0,
         "bits of a code on the average, in each layer by what they do to gradients held out; 0: --bits everywhere",
     )
-    among: str = option("2 3 4 5 6 7 8", "bits that --mean-bits chooses from; some kernels run 4 and 8 alone")
+    among: str = option(" ".join(map(str, BITS)), "bits that --mean-bits chooses from; some kernels run 4 and 8 alone")
     own_widths: bool = option(
         False, "let layers that read one input differ then too, which serves better, but vLLM, which joins them, cannot"
     )
@@ -117,7 +119,7 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_choices(self)
-        _require(2 <= self.bits <= 8, "bits", "2 to 8", self.bits)
+        _require(self.bits in BITS, "bits", "2 to 8", self.bits)
         _require(
             self.group_size == -1 or self.group_size >= 1, "group_size", "a positive number or -1", self.group_size
         )
@@ -184,7 +186,7 @@ class QuantizeConfig:
     def choices(self) -> tuple[int, ...]:
         """The bits that ``--mean-bits`` chooses from, the least first."""
         bits = self.among.split()
-        right = bool(bits) and all(each.isdecimal() and 2 <= int(each) <= 8 for each in bits)
+        right = bool(bits) and all(each.isdecimal() and int(each) in BITS for each in bits)
         _require(right, "among", "whole numbers from 2 to 8 between spaces", self.among)
         return tuple(sorted(set(map(int, bits))))
 
@@ -394,7 +396,7 @@ def _width_rules(widths: str) -> tuple[tuple[re.Pattern[str], int], ...]:
 
 def _width_rule(rule: str) -> tuple[re.Pattern[str], int]:
     pattern, _, bits = rule.rpartition("=")
-    right = bool(pattern) and bits.isdecimal() and 2 <= int(bits) <= 8
+    right = bool(pattern) and bits.isdecimal() and int(bits) in BITS
     _require(right, "widths", r"rules like v_proj=4 \.0\.mlp=5 with 2 to 8 bits", rule)
     try:
         return re.compile(pattern), int(bits)

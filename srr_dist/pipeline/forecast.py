@@ -15,6 +15,7 @@ from itertools import zip_longest
 import torch
 
 from srr_dist.checkpoint.graph import Block
+from srr_dist.config import BITS
 from srr_dist.pipeline import operations
 from srr_dist.pipeline.hardware import Hardware
 from srr_dist.pipeline.memory import gib, layers_at_once
@@ -22,7 +23,7 @@ from srr_dist.pipeline.operations import Work
 from srr_dist.pipeline.plan import Plan, block_output_bytes, hidden_size, output_bytes
 from srr_dist.pipeline.prepare import SCAN_BYTES
 from srr_dist.pipeline.windows import Window, batches
-from srr_dist.solve import BITS, Quantizer
+from srr_dist.solve import Quantizer
 
 _WIDE = ("forward", "moments", "products", "narrow", "elementwise")
 """Kinds of work that all threads of a CPU share."""

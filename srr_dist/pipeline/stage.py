@@ -86,7 +86,7 @@ class Stage(Pulse):
         self.plan, self.way_back = plan, None
         self.leaving = BoundaryWriter(self.boundaries, plan.save) if plan.save is not None else None
         self.states = self.collector.states(plan.collect if plan.then == "solve" else ())
-        if plan.then == "solve" and self.run.config.mean_bits:
+        if plan.then == "solve" and self.run.config.mean_bits and not self.run.widths:  # they never change
             self.run = replace(self.run, widths=widths_of(self.run, self.area))
         for index in self.ahead.keys() - set(plan.blocks):
             del self.ahead[index]

@@ -26,10 +26,10 @@ from torch import Tensor
 from srr_dist.calibration import InputMoment
 from srr_dist.calibration.sketches import HeldOut
 from srr_dist.checkpoint.tensors import TensorEntry
+from srr_dist.config import BITS
 from srr_dist.errors import StoreError
 from srr_dist.export.tensorfile import TensorFile, decode_tensor, encode_header
 from srr_dist.pipeline.run import Run, dtype_name, versions
-from srr_dist.solve import BITS
 from srr_dist.store import ObjectStore
 from srr_dist.store.documents import encode
 

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srr_dist.checkpoint.graph import Block
+from srr_dist.checkpoint.graph import Block, Linear
+from srr_dist.config import BITS
 from srr_dist.errors import CalibrationError, StoreError
 from srr_dist.pipeline.gradients import recall_held_out
 from srr_dist.pipeline.run import Run
 from srr_dist.pipeline.statistics import Statistics
-from srr_dist.solve import BITS, allocate, make_grid, width_errors
+from srr_dist.solve import allocate, make_grid, width_errors
 from srr_dist.store import RunArea
 from srr_dist.store.documents import decode, encode
 
@@ -45,7 +46,7 @@ def weigh(run: Run, block: Block, weights: Mapping[str, Tensor], device: torch.d
     """
     config, curves = run.config, dict[str, dict[int, float]]()
     grids = {bits: make_grid(config.grid, bits, config.group_size) for bits in BITS}
-    for linear in (linear for linear in block.linears if linear.name in run.quantized):
+    for linear in _selected(run, block):
         held_out = recall_held_out(run, linear)
         if held_out is None:
             raise StoreError(f"layer {linear.name}: its held-out gradients are not kept any more, or were damaged")
@@ -69,7 +70,7 @@ def spend(run: Run, area: RunArea) -> set[int]:
     if not run.config.mean_bits or area.store.exists(path):
         return set()
     statistics = Statistics(run, run.config.sketch)
-    blocks = [block for block in run.graph.blocks if any(linear.name in run.quantized for linear in block.linears)]
+    blocks = [block for block in run.graph.blocks if _selected(run, block)]
     kept, curves = statistics.available(), dict[str, dict[int, float]]()
     unweighed = {block.index for block in blocks if _kept_as(run, block) not in kept}
     for block in blocks if not unweighed else ():
@@ -100,15 +101,19 @@ def widths_of(run: Run, area: RunArea) -> dict[str, int]:
 
 
 def _allocated(run: Run, curves: Mapping[str, Mapping[int, float]]) -> dict[str, int]:
-    layers = [linear for block in run.graph.blocks for linear in block.linears if linear.name in run.quantized]
+    layers = [linear for block in run.graph.blocks for linear in _selected(run, block)]
     sizes = {linear.name: linear.out_features * linear.in_features for linear in layers}
     leaders = None if run.config.own_widths else {linear.name: linear.input for linear in layers}
     errors = {layer: {bits: curve[bits] for bits in run.config.choices} for layer, curve in curves.items()}
     return allocate(errors, sizes, run.config.mean_bits, leaders)
 
 
+def _selected(run: Run, block: Block) -> list[Linear]:
+    return [linear for linear in block.linears if linear.name in run.quantized]
+
+
 def _kept_as(run: Run, block: Block) -> str:
     """The name of a block's curves, which depend on the layers that are selected and on what their codes are."""
-    config, layers = run.config, sorted(linear.name for linear in block.linears if linear.name in run.quantized)
+    config, layers = run.config, sorted(linear.name for linear in _selected(run, block))
     choices = [config.grid, config.group_size, config.scales, layers]
     return f"{block.name}.widths-{hashlib.sha256(encode(choices, WIDTHS)).hexdigest()[:16]}"

@@ -15,7 +15,7 @@ from srr_dist.solve.curvature import (
     kronecker_cosine,
     sketch_metric,
 )
-from srr_dist.solve.grids import BITS, AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, NF4Grid, make_grid
+from srr_dist.solve.grids import AsymmetricIntGrid, Grid, IntGrid, MXIntGrid, NF4Grid, make_grid
 from srr_dist.solve.layer import LayerSolution, Stored, remeasured, solve_layer
 from srr_dist.solve.metric import Metric
 from srr_dist.solve.problem import SolveOptions
@@ -23,7 +23,6 @@ from srr_dist.solve.quantizer import Quantizer
 from srr_dist.solve.tuning import BlockError, Tuned, TuneOptions, tune
 
 __all__ = [
-    "BITS",
     "ONE_SIDED",
     "TWO_SIDED",
     "AsymmetricIntGrid",

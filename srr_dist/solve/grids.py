@@ -19,12 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from srr_dist.config import NF4_BLOCKS
+from srr_dist.config import BITS, NF4_BLOCKS
 from srr_dist.errors import ConfigError
 from srr_dist.solve import normalfloat
-
-BITS = range(2, 9)
-"""Of a code."""
 
 PER_CHANNEL = -1
 """A ``group_size`` of −1 stands for one group per output row."""

@@ -12,7 +12,7 @@ import torch
 
 from srr_dist.calibration.sketches import HeldOut
 from srr_dist.checkpoint.graph import Linear
-from srr_dist.config import QuantizeConfig
+from srr_dist.config import BITS, QuantizeConfig
 from srr_dist.errors import CalibrationError, StoreError
 from srr_dist.export.verify import verify_output
 from srr_dist.pipeline.gradients import recall
@@ -24,7 +24,7 @@ from srr_dist.pipeline.statistics import Statistics
 from srr_dist.pipeline.widths import WIDTHS, spend, weigh, widths_of
 from srr_dist.pipeline.windows import next_window_at_rest
 from srr_dist.pipeline.work import WindowWork
-from srr_dist.solve import BITS, allocate, make_grid, width_errors
+from srr_dist.solve import allocate, make_grid, width_errors
 from srr_dist.store import ObjectStore, RunArea, read_complete
 from tests.conftest import Job
 from tests.families import build
